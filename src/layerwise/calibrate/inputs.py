@@ -1,0 +1,79 @@
+"""Input statistics alone, from one forward pass over stored block inputs: all that plain baselines need.
+
+Every calibration token counts, whatever its split; gradients are taken as alike in every direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+
+from layerwise.calibrate.moments import shrunk
+from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
+from layerwise.calibrate.reverse import SplitMoments, add_inputs, observing
+from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.network.network import output_width
+from layerwise.network.sites import Site
+from layerwise.network.streaming import Streamer, rows_at_once
+
+
+def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
+    """Every unit that is not finished, with ``H`` of its sites; in the order of the reverse pass."""
+    network = calibration.network
+    streamer = Streamer(network, device=calibration.device)
+    for unit in calibration.units():
+        if unit in finished:
+            continue
+        moments = SplitMoments()
+        if unit == TABLES:
+            sites = [s for s in network.tree.sites if s.kind == "table"]
+        else:
+            sites = [s for s in network.tree.of_block(None if unit == TAIL else unit) if s.kind in ("linear", "head")]
+            _watch(calibration, streamer, unit, sites, moments)
+        yield Part(unit, {s.name: _alike(s, moments) for s in sites}, frozenset())
+
+
+@torch.inference_mode()
+def _watch(
+    calibration: Calibration, streamer: Streamer, unit: str, sites: list[Site], moments: SplitMoments
+) -> None:
+    network, batches, inputs = calibration.network, calibration.splits.all, calibration.inputs()
+    if unit == TAIL:
+        width = output_width(network)
+        with streamer.tail() as leave, observing(network.module, {s.name: s.name for s in sites}) as observer:
+            for i, batch in enumerate(batches):
+                stored = inputs[-1].read(i)
+                for start, stop in rows_at_once(batch, width):
+                    part = batch.rows(start, stop)
+                    leave(part, stored[start:stop].to(streamer.device))
+                    add_inputs(moments, observer.seen, part)
+                    observer.seen.clear()
+        return
+    index = network.tree.blocks.index(unit)
+    names = {s.name.removeprefix(unit + "."): s.name for s in sites}
+    with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
+        for i, batch in enumerate(batches):
+            if streamer.tuple_length is None:
+                with streamer.block(0) as first:
+                    streamer.run_block(first, inputs[0].read(0).to(streamer.device), enter(batch, 0)[1])
+                    observer.seen.clear()
+            streamer.run_block(block, inputs[index].read(i).to(streamer.device), enter(batch, index)[1])
+            add_inputs(moments, observer.seen, batch)
+            observer.seen.clear()
+
+
+def _alike(site: Site, moments: SplitMoments) -> Fitted:
+    """Statistics with the measured inputs, and rows that all weigh the same."""
+    watched = moments.sites.get(site.name)
+    if watched is None:
+        statistics = SiteStatistics.uninformed(site.rows, site.columns)
+        return Fitted(statistics, statistics)
+    use = Use(
+        rows=torch.ones(site.rows),
+        columns=shrunk(watched.inputs.mean(), watched.inputs.count),
+        absolute_mean=watched.inputs.absolute_mean(),
+        scale=1.0,
+        tokens=watched.inputs.count,
+    )
+    return Fitted(SiteStatistics((use,)), SiteStatistics((use,)))

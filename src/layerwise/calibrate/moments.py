@@ -1,0 +1,66 @@
+"""Second moments, gathered batch by batch in a fixed order.
+
+``E[x x^T]`` over the tokens that are not padding; a side wider than ``LARGEST_FULL_SIDE`` keeps its diagonal. Sums
+are float32 matrix products added in float32, in the order of the batches, so that they repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, mean_diagonal
+
+TOKENS_PER_INPUT = 2  # fewer tokens than this times the width leave a second moment poorly known
+
+
+class Moment:
+    """Running ``sum v v^T`` (or its diagonal) and ``sum |v|`` over vectors ``v`` of width ``n``."""
+
+    def __init__(self, width: int, only_diagonal: bool = False) -> None:
+        self.only_diagonal = only_diagonal or width > LARGEST_FULL_SIDE
+        self.sum = torch.zeros(width) if self.only_diagonal else torch.zeros(width, width)
+        self.absolute = torch.zeros(width)
+        self.count = 0
+
+    def add(self, vectors: Tensor) -> None:
+        """``vectors``: ``[tokens, n]``."""
+        if self.only_diagonal:
+            self.sum += vectors.square().sum(0).cpu()
+        elif self.sum.device == vectors.device:
+            self.sum.addmm_(vectors.T, vectors)
+        else:
+            self.sum += (vectors.T @ vectors).cpu()
+        self.absolute += vectors.abs().sum(0).cpu()
+        self.count += len(vectors)
+
+    def merge(self, other: Moment) -> Moment:
+        """The moment over both sets of vectors."""
+        joint = Moment(len(self.absolute), self.only_diagonal)
+        joint.sum, joint.absolute = self.sum + other.sum, self.absolute + other.absolute
+        joint.count = self.count + other.count
+        return joint
+
+    def mean(self) -> Tensor:
+        return self.sum / max(1, self.count)
+
+    def absolute_mean(self) -> Tensor:
+        return self.absolute / max(1, self.count)
+
+
+def shrunk(moment: Tensor, tokens: int) -> Tensor:
+    """The moment, pulled towards ``mean(diag) I`` where few tokens were seen.
+
+    With ``tokens`` below twice the width the weight of what was measured is ``tokens / (2 width)``; the trace, and so
+    the site's total damage, is kept. A well covered site is returned as it is.
+    """
+    wanted = TOKENS_PER_INPUT * len(moment)
+    if tokens >= wanted:
+        return moment
+    trust = tokens / wanted
+    prior = (1 - trust) * mean_diagonal(moment)
+    if moment.dim() == 1:
+        return trust * moment + prior
+    out = trust * moment
+    out.diagonal().add_(prior)
+    return out

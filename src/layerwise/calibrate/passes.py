@@ -1,0 +1,261 @@
+"""The two passes over a network, resumable at every block.
+
+    forward:  boundary 0 → 1 → … → n          block inputs of every calibration token, kept on disk
+    reverse:  tail → block n-1 → … → 0 → tables    statistics of one part at a time, handed to whoever encodes it
+
+A unit is finished when the journal says so. Gradients at a boundary are removed once the unit that consumed them is
+finished; a unit that has to be repeated later re-runs the reverse pass down to it without gathering anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from layerwise.calibrate.activations import Boundary
+from layerwise.calibrate.forward import boundaries, enter_network, forward_block
+from layerwise.calibrate.moments import Moment
+from layerwise.calibrate.reverse import (
+    DRAWS,
+    SplitMoments,
+    reverse_block,
+    reverse_tables,
+    reverse_tail,
+    table_use,
+    unreached_sites,
+)
+from layerwise.calibrate.splits import Splits
+from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.engine.journal import Journal
+from layerwise.engine.progress import Progress
+from layerwise.loss import Loss
+from layerwise.network.network import Network
+from layerwise.network.streaming import Batch, Streamer
+
+TAIL, TABLES = "tail", "tables"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Statistics of one site: what encoders see, and what damages are judged on."""
+
+    fit: SiteStatistics
+    judge: SiteStatistics
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the reverse pass hands over: one unit's sites and their statistics."""
+
+    unit: str
+    sites: dict[str, Fitted]
+    unreached: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A network together with its calibration tokens and the work folder of the passes."""
+
+    network: Network
+    loss: Loss
+    splits: Splits
+    journal: Journal
+    seed: int
+    device: str = "cpu"
+
+    @property
+    def folder(self) -> Path:
+        return self.journal.folder
+
+    @property
+    def width(self) -> int:
+        return int(self.network.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+    def inputs(self, batches: tuple[Batch, ...] | None = None) -> list[Boundary]:
+        """The block boundaries of all calibration batches; a prefix of the batches reads a prefix of each file."""
+        count = len(self.network.tree.blocks) + 1
+        return boundaries(self.folder, "hidden", batches or self.splits.all, self.width, count)
+
+    def units(self) -> list[str]:
+        """Units of the reverse pass in order."""
+        return [TAIL, *reversed(self.network.tree.blocks), TABLES]
+
+
+def forward(calibration: Calibration, progress: Progress) -> None:
+    """Run the forward pass, or what is left of it."""
+    blocks = calibration.network.tree.blocks
+    streamer = Streamer(calibration.network, device=calibration.device)
+    batches, at = calibration.splits.all, calibration.inputs()
+    with progress.stage("forward pass", len(blocks) + 1) as advance:
+        for index in range(len(blocks) + 1):
+            if not (calibration.journal.has(f"forward/{index}") and at[index].complete):
+                if index == 0:
+                    enter_network(streamer, batches, at[0])
+                else:
+                    forward_block(streamer, index - 1, batches, at[index - 1], at[index])
+                if not calibration.journal.has(f"forward/{index}"):
+                    calibration.journal.record(f"forward/{index}", None)
+            advance()
+
+
+def reverse(calibration: Calibration, finished: Collection[str], uniform: bool = False) -> Iterator[Part]:
+    """Yield every unit that is not ``finished``, in reverse order of execution.
+
+    The consumer journals a unit before it asks for the next. With ``uniform`` all tokens fit and judge alike, as the
+    plain baseline has it.
+    """
+    units = calibration.units()
+    wanted = [u for u in units if u not in finished]
+    if not wanted:
+        return
+    splits = calibration.splits
+    batches = splits.all if uniform else (*splits.fit, *splits.judge)
+    split_of = ["fit"] * len(batches) if uniform else ["fit"] * len(splits.fit) + ["judge"] * len(splits.judge)
+    streamer = Streamer(calibration.network, device=calibration.device)
+    inputs = calibration.inputs(batches)
+    gradients = _gradients(calibration, batches, "uniform-gradient" if uniform else "gradient")
+    start = _first_unit_to_run(units, wanted[0], gradients)
+    _find_output_shape(streamer, batches, inputs[0])
+    for position in range(start, units.index(wanted[-1]) + 1):
+        unit = units[position]
+        part = _run_unit(calibration, streamer, unit, batches, split_of, inputs, gradients, uniform)
+        if unit in wanted:
+            yield part
+        if position > 0:
+            gradients[unit_input(units, position)].remove()
+
+
+def unit_input(units: list[str], position: int) -> int:
+    """Index of the gradient boundary that the unit at ``position`` consumes: the last boundary belongs to the tail."""
+    return len(units) - 1 - position
+
+
+def _gradients(calibration: Calibration, batches: tuple[Batch, ...], prefix: str) -> list[Boundary]:
+    shapes = [(DRAWS, *b.tokens.shape, calibration.width) for b in batches]
+    count = len(calibration.network.tree.blocks) + 1
+    return [Boundary(calibration.folder / f"{prefix}-{i:04d}.bin", shapes) for i in range(count)]
+
+
+def _first_unit_to_run(units: list[str], wanted: str, gradients: list[Boundary]) -> int:
+    """The latest unit at or before ``wanted`` whose incoming gradients are on disk; the tail needs none."""
+    position = units.index(wanted)
+    while position > 0 and not gradients[unit_input(units, position)].complete:
+        position -= 1
+    return position
+
+
+def _find_output_shape(streamer: Streamer, batches: tuple[Batch, ...], inputs: Boundary) -> None:
+    """Learn from one sequence whether blocks return tuples, before any block but the first is entered."""
+    import torch
+
+    with torch.inference_mode(), streamer.block(0) as block, streamer.head_of_network() as enter:
+        streamer.run_block(block, inputs.read(0)[:1].to(streamer.device), enter(batches[0].rows(0, 1), 0)[1])
+
+
+def _run_unit(
+    calibration: Calibration,
+    streamer: Streamer,
+    unit: str,
+    batches: tuple[Batch, ...],
+    split_of: list[str],
+    inputs: list[Boundary],
+    gradients: list[Boundary],
+    uniform: bool,
+) -> Part:
+    network, loss = calibration.network, calibration.loss
+    terms_file = calibration.folder / ("uniform-tail.safetensors" if uniform else "tail.safetensors")
+    if unit == TAIL:
+        found = reverse_tail(streamer, loss, batches, split_of, inputs[-1], gradients[-1], calibration.seed)
+        _keep_tail(network, found, terms_file)
+        names = [s.name for s in network.tree.of_block(None) if s.kind == "linear"]
+        lost = unreached_sites(found, names)
+        names += [s.name for s in network.tree.sites if s.kind == "head"]
+        return Part(unit, _fitted(found, [n for n in names if n not in lost], loss, found), frozenset(lost))
+    terms = _terms(terms_file)
+    if unit == TABLES:
+        return Part(unit, _tables(calibration, streamer, batches, split_of, gradients[0], terms_file), frozenset())
+    index = network.tree.blocks.index(unit)
+    found = reverse_block(streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index])
+    for split, moments in found.items():
+        moments.terms = terms[split]
+    names = [s.name for s in network.tree.of_block(unit) if any(s.name in m.sites for m in found.values())]
+    lost = unreached_sites(found, names) | {s.name for s in network.tree.of_block(unit) if s.name not in names}
+    return Part(unit, _fitted(found, [n for n in names if n not in lost], loss, found), frozenset(lost))
+
+
+def _fitted(
+    found: dict[str, SplitMoments], names: list[str], loss: Loss, terms: dict[str, SplitMoments]
+) -> dict[str, Fitted]:
+    out = {}
+    for name in names:
+        fit = found["fit"].statistics(name, loss.constant)
+        judge = found["judge"].statistics(name, loss.constant) if "judge" in found else fit
+        out[name] = Fitted(fit, judge)
+    return out
+
+
+def _keep_tail(network: Network, found: dict[str, SplitMoments], file: Path) -> None:
+    """Loss terms per split, and the head's moments where a tied table will need them at the end of the pass."""
+    import torch
+
+    tied = next((s.head for s in network.tree.sites if s.head), None)
+    values = {}
+    for split, moments in found.items():
+        values[f"{split}.terms"] = torch.tensor(moments.terms)
+        if tied:
+            watched = moments.sites[tied]
+            values[f"{split}.inputs"], values[f"{split}.input_count"] = watched.inputs.sum, torch.tensor(watched.inputs.count)
+            values[f"{split}.absolute"] = watched.inputs.absolute
+            values[f"{split}.curvature"] = watched.gradients.mean()
+    part = file.with_suffix(".part")
+    save_file(values, part)
+    part.replace(file)
+
+
+def _terms(file: Path) -> dict[str, int]:
+    return {name.removesuffix(".terms"): int(v) for name, v in load_file(file).items() if name.endswith(".terms")}
+
+
+def _tables(
+    calibration: Calibration,
+    streamer: Streamer,
+    batches: tuple[Batch, ...],
+    split_of: list[str],
+    gradients: Boundary,
+    terms_file: Path,
+) -> dict[str, Fitted]:
+    tables = [s for s in calibration.network.tree.sites if s.kind == "table"]
+    found = reverse_tables(streamer, tables, batches, split_of, gradients)
+    tail, terms = load_file(terms_file), _terms(terms_file)
+    out = {}
+    for site in tables:
+        by_split = {}
+        for split, measured in found.items():
+            moment, counts = measured[site.name]
+            uses = [table_use(moment, counts, terms[split], calibration.loss.constant)]
+            if site.head:
+                uses.append(_head_use(tail, split, calibration.loss.constant, terms[split]))
+            by_split[split] = SiteStatistics(tuple(uses))
+        out[site.name] = Fitted(by_split["fit"], by_split.get("judge", by_split["fit"]))
+    return out
+
+
+def _head_use(tail: dict[str, object], split: str, constant: float, terms: int) -> Use:
+    inputs = Moment(len(tail[f"{split}.absolute"]))  # type: ignore[arg-type]
+    inputs.sum, inputs.absolute = tail[f"{split}.inputs"], tail[f"{split}.absolute"]  # type: ignore[assignment]
+    inputs.count = int(tail[f"{split}.input_count"])  # type: ignore[call-overload]
+    return Use(
+        rows=tail[f"{split}.curvature"],  # type: ignore[arg-type]
+        columns=inputs.mean(),
+        absolute_mean=inputs.absolute_mean(),
+        scale=constant * inputs.count / max(1, terms),
+        tokens=inputs.count,
+    )
+
+
+def reverse_uniform(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
+    """The reverse pass with all tokens fitting and judging alike: for uniform settings that need gradients."""
+    return reverse(calibration, finished, uniform=True)

@@ -1,0 +1,46 @@
+"""``layerwise evaluate OUT --dense MODEL --evaluate TEXT``: measure a saved artifact again."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from layerwise.cli import shared
+
+
+def evaluate(
+    artifact: Annotated[str, typer.Argument(help="A folder written by layerwise compress.", metavar="OUT")],
+    dense: Annotated[str, typer.Option(metavar="MODEL", help="The dense network it was made from.")],
+    evaluate: Annotated[str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, or scored sentence pairs.")],
+    sequences: Annotated[int, typer.Option(help="Sequences read from the text.")] = 256,
+    length: shared.Length = 256,
+    text_column: shared.TextColumn = None,
+    pooling: shared.Pooling = None,
+    seed: shared.Seed = 0,
+    json: shared.Json = False,
+) -> None:
+    """Measure OUT against the dense network: quality, size, latency, peak memory."""
+    from layerwise.calibrate.text import read_text
+    from layerwise.engine.machine import peak_memory
+    from layerwise.evaluate.artifact import evaluate_artifact
+    from layerwise.network.network import open_network
+    from layerwise.prepare import longest, open_tokenizer
+    from layerwise.report.figures import megabytes, significant
+
+    text = read_text(evaluate, text_column)
+    network = open_network(dense)
+    tokenizer = open_tokenizer(network)
+    with shared.Bar(quiet=json).stage("evaluate", 2 * len(network.tree.blocks)) as advance:
+        found = evaluate_artifact(
+            artifact, dense, text, tokenizer, pooling, sequences, min(length, longest(network)), seed, advance
+        )
+    if json:
+        shared.print_json({**asdict(found), "peak_memory": peak_memory()})
+        return
+    rows = [("size", megabytes(found.dense_bytes), megabytes(found.bytes))]
+    rows += [(name, significant(found.dense.get(name), 4), significant(value, 4)) for name, value in found.artifact.items()]
+    rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms"))
+    rows.append(("peak memory of this run", "", megabytes(peak_memory())))
+    shared.print_table(f"{found.tokens:,} tokens of {text.source}", ("", "dense", "artifact"), rows, numeric=(1, 2))

@@ -1,0 +1,215 @@
+"""The composition of the acts: open → calibrate → candidates → plan → apply → evaluate → report.
+
+This is the only place that strings the acts together. Each act's result is a value or lies in the work folder; no act
+reaches back into an earlier one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layerwise.apply import Applied, apply_plan, plan_of
+from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
+from layerwise.candidates import Candidates, Fetches, fetches, find_candidates, uniform_plan
+from layerwise.engine.journal import Journal, identity_of
+from layerwise.engine.machine import peak_memory, versions
+from layerwise.engine.progress import Progress, Stopwatch
+from layerwise.errors import InputError
+from layerwise.evaluate.compare import Measured, compare
+from layerwise.network.artifact import staged
+from layerwise.network.overlay import Overlay
+from layerwise.plan.constraints import constrain
+from layerwise.plan.file import PlanFile, read_plan
+from layerwise.plan.pareto import Pareto
+from layerwise.plan.tree import Allocation, Node, leaves
+from layerwise.prepare import Options, Prepared, check_disk, prepare
+from layerwise.quality import smallest_within
+from layerwise.record import make_evidence, write_reports
+from layerwise.uniform import Baseline, find_baseline
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it is, what it measured, what was chosen."""
+
+    out: Path
+    evidence: dict[str, Any]
+    allocation: Allocation
+    applied: Applied
+
+
+def compress(options: Options, progress: Progress | None = None, command: str = "") -> Result:
+    """Run every act and write the artifact to ``options.out``.
+
+    Raises ``InputError`` before any long work for whatever the user got wrong. A run that is interrupted leaves its
+    work folder, and the same call continues it.
+    """
+    if not any((options.budget, options.quality_loss, options.uniform, options.plan)):
+        raise InputError(
+            "give a --budget such as 4.5bpw, 12MB or 25%, a --quality-loss such as 1%, a --uniform recipe or a --plan"
+        )
+    watch = Stopwatch(progress)
+    prepared, calibration, fingerprint = start(options, watch)
+    try:
+        result = run(prepared, calibration, watch, fingerprint, command)
+    except BaseException:
+        calibration.journal.close()
+        raise
+    calibration.journal.close(remove=options.work is None)
+    return result
+
+
+def start(options: Options, watch: Stopwatch) -> tuple[Prepared, Calibration, str]:
+    """Everything up to the first long step: (what was checked, the work folder taken, the weights' hash)."""
+    with watch.stage("open and check", 1) as advance:
+        prepared = prepare(options)
+        folder = work_folder(options)
+        check_disk(prepared, folder)
+        fingerprint = prepared.network.checkpoint.fingerprint()
+        advance()
+    with watch.stage("check weights", 1) as advance:
+        prepared.network.checkpoint.check_finite()
+        advance()
+    if options.plan:
+        read_plan(options.plan).check_against(s.name for s in prepared.network.tree.sites)
+    return prepared, begin(prepared, folder, fingerprint), fingerprint
+
+
+def work_folder(options: Options) -> Path:
+    """The given one, else a folder beside OUT that is removed when the run succeeds."""
+    if options.work:
+        return Path(options.work)
+    out = Path(options.out)
+    return out.with_name(out.name + ".work")
+
+
+def begin(prepared: Prepared, folder: Path, fingerprint: str) -> Calibration:
+    """Take (or take up again) the work folder."""
+    import torch
+
+    torch.set_num_threads(prepared.options.threads)
+    journal = Journal(folder, identity_of(identity(prepared, fingerprint)))
+    calibration = Calibration(
+        prepared.network, prepared.loss, prepared.splits, journal, prepared.options.seed, prepared.options.device
+    )
+    for entry in prepared.options.redo:
+        redo(calibration, entry.partition("=")[0])
+    return calibration
+
+
+def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
+    """Everything that decides what the passes compute; budgets and evaluation text do not."""
+    options = prepared.options
+    return {
+        "weights": fingerprint,
+        "tokens": prepared.splits.fingerprint(),
+        "menu": [prepared.menu.linear, prepared.menu.table],
+        "fix": list(options.fix),
+        "loss": [prepared.loss.kind, prepared.loss.pooling],
+        "seed": options.seed,
+        "threads": options.threads,
+        "device": options.device,
+        "dtype": str(prepared.network.plain_dtype),
+        "versions": versions(),
+    }
+
+
+def redo(calibration: Calibration, site: str) -> None:
+    """Forget the unit that holds a site, so that it is encoded again with the recipe now asked for."""
+    tree = calibration.network.tree
+    found = tree.find(site)
+    unit = found.block or ("tables" if found.kind == "table" else "tail")
+    calibration.journal.forget(f"candidates/{unit}")
+
+
+def run(
+    prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerprint: str, command: str
+) -> Result:
+    options, network = prepared.options, prepared.network
+    candidates = measure_candidates(prepared, calibration, watch)
+    with watch.stage("plan", 1) as advance:
+        tree = constrain(candidates.tree(), options.keep, ())
+        allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
+        advance()
+    chosen = {name: c.recipe for name, c in allocation.sites.items()}
+    stored = fetches(candidates, chosen)
+    out = Path(options.out)
+    with staged(out, options.force) as part:
+        with watch.stage("write", 1) as advance:
+            applied = apply_plan(prepared, candidates, allocation, tree, budget, part, fingerprint)
+            advance()
+        baseline = None
+        if options.baseline and not options.uniform:
+            baseline = find_baseline(prepared, calibration, candidates, applied.bytes, watch)
+        measured = measure(prepared, calibration, stored, baseline, watch)
+        evidence = make_evidence(
+            prepared, calibration, candidates, tree, allocation, applied, baseline, measured, budget, fingerprint,
+            command, watch,
+        )  # fmt: skip
+        evidence["seconds"] = {k: round(v, 2) for k, v in watch.seconds.items()}
+        evidence["seconds"]["total"] = round(sum(watch.seconds.values()), 2)
+        evidence["peak_memory"] = peak_memory()
+        write_reports(part, evidence)
+    return Result(out, evidence, allocation, applied)
+
+
+def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Progress) -> Candidates:
+    """The forward and the reverse pass, or what is left of them."""
+    options = prepared.options
+    forward(calibration, watch)
+    return find_candidates(
+        calibration, prepared.menu, options.workers, watch, "uniform" if options.uniform else "candidates",
+        prepared.only, reverse_uniform if options.uniform else reverse,
+    )  # fmt: skip
+
+
+def plan_only(options: Options, progress: Progress | None = None) -> PlanFile:
+    """A plan for ``options.budget`` from the work folder, which is filled first if it has to be."""
+    watch = Stopwatch(progress)
+    prepared, calibration, fingerprint = start(options, watch)
+    try:
+        candidates = measure_candidates(prepared, calibration, watch)
+    finally:
+        calibration.journal.close()
+    tree = constrain(candidates.tree(), options.keep, ())
+    allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
+    return plan_of(prepared, allocation, tree, budget, fingerprint)
+
+
+def allocate(
+    prepared: Prepared, calibration: Calibration, candidates: Candidates, tree: Node, watch: Stopwatch
+) -> tuple[Allocation, int]:
+    """(what is chosen at every site, the budget in bytes of the file)."""
+    options, fixed = prepared.options, prepared.range.fixed
+    if options.uniform:
+        wanted = uniform_plan(candidates, prepared.menu.linear[0], prepared.menu.table[0])
+        sites = {leaf.name: next(c for c in leaf.candidates if c.recipe == wanted[leaf.name]) for leaf in leaves(tree)}
+        allocation = Allocation(sites, {})
+        return allocation, fixed + allocation.bytes
+    if options.plan:
+        allocation = read_plan(options.plan).choose(tree)
+        return allocation, fixed + allocation.bytes
+    if prepared.quality is not None:
+        allocation = smallest_within(prepared, calibration, candidates, tree)
+        return allocation, fixed + allocation.bytes
+    assert prepared.budget is not None
+    budget = prepared.budget.bytes(prepared.network.tree.parameters, prepared.network.checkpoint.safetensors_bytes)
+    return Pareto().allocate(tree, budget - fixed), budget
+
+
+def measure(
+    prepared: Prepared, calibration: Calibration, stored: Fetches, baseline: Baseline | None, watch: Stopwatch
+) -> Mapping[str, Measured]:
+    """Dense, plan and baseline on the held-out text."""
+    network = prepared.network
+    variants = {"plan": Overlay(network, stored)}
+    if baseline is not None:
+        variants["baseline"] = Overlay(network, baseline.stored)
+    with watch.stage("evaluate", (1 + len(variants)) * len(network.tree.blocks)) as advance:
+        return compare(
+            network, variants, prepared.loss, prepared.evaluation.batches, calibration.folder,
+            prepared.options.device, advance,
+        )  # fmt: skip

@@ -1,0 +1,23 @@
+"""Every stored form by the name that its ``spec`` carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.encoding.dense import Dense
+from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.integer import GroupedInteger
+from layerwise.errors import InputError, nearest
+
+FORMS: dict[str, type[Encoded]] = {form.form: form for form in (Dense, GroupedInteger)}
+
+
+def restore_form(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoded:
+    """The stored form that ``spec`` and ``tensors`` (suffix -> tensor) describe; ``InputError`` on any misfit."""
+    name = spec.get("form") if isinstance(spec, Mapping) else None
+    if not isinstance(name, str) or name not in FORMS:
+        raise InputError(f"there is no stored form named {name!r}{nearest(str(name), list(FORMS))}")
+    return FORMS[name].restore(spec, tensors)

@@ -1,0 +1,169 @@
+"""Form ``integer``: group-wise integers of 2 to 8 bits.
+
+=================  =========================================  =================================================
+stored tensor      type and shape                             holds
+=================  =========================================  =================================================
+``""``             uint8 [rows * row_bytes(columns, bits)]    packed codes, see ``bitplanes``
+``_scale``         fp16 or uint8 [rows, groups]               steps, or their codes 1..255
+``_scale_factor``  fp16 [rows]                                only with 8-bit scales: step = code * factor
+``_zero``          uint8 [rows * row_bytes(groups, bits)]     packed zero codes; fp16 [rows, groups] with a float
+                                                              zero; absent when symmetric
+=================  =========================================  =================================================
+
+``decode`` is ``(code - zero) * step`` in float32, the same on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
+from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.grid import FittedGrid, Grid, points
+from layerwise.errors import InputError
+
+LONGEST_SIDE = 2**40  # a longer side in a file is damage, not a matrix
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedInteger(Encoded):
+    """Packed codes ``[rows, row_bytes]`` uint8 and the grid that they count on."""
+
+    form: ClassVar[str] = "integer"
+    packed: Tensor
+    fitted: FittedGrid
+
+    @staticmethod
+    def from_codes(codes: Tensor, fitted: FittedGrid) -> GroupedInteger:
+        """Pack ``codes`` [rows, columns] uint8, each at most ``fitted.grid.top``."""
+        return GroupedInteger(pack(codes, fitted.grid.bits), fitted)
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        return self.packed.shape[0], self.fitted.columns
+
+    @property
+    def grid(self) -> Grid:
+        return self.fitted.grid
+
+    def codes(self) -> Tensor:
+        """All codes, unpacked: uint8 [rows, columns]."""
+        return unpack(self.packed, self.fitted.columns, self.grid.bits)
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {"": self.packed.reshape(-1), "_scale": self.fitted.scale}
+        if self.fitted.factor is not None:
+            stored["_scale_factor"] = self.fitted.factor
+        if self.fitted.zero is not None:
+            zero = self.fitted.zero
+            stored["_zero"] = zero if self.grid.float_zero else pack(zero, self.grid.bits).reshape(-1)
+        return stored
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "form": self.form,
+            "layout": LAYOUT_VERSION,
+            "shape": list(self.shape),
+            "bits": self.grid.bits,
+            "group": self.grid.group,
+            "symmetric": self.grid.symmetric,
+            "scale_bits": self.grid.scale_bits,
+            "float_zero": self.grid.float_zero,
+        }
+
+    @classmethod
+    def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupedInteger:
+        rows, columns = stored_shape(spec)
+        version = spec.get("layout")
+        if type(version) is not int or version != LAYOUT_VERSION:
+            raise InputError(f"the codes are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+        names = ("bits", "group", "symmetric", "scale_bits", "float_zero")
+        missing = [name for name in names if name not in spec]
+        if missing:
+            raise InputError(f"the description of an integer form lacks {', '.join(missing)}")
+        grid = Grid(**{name: spec[name] for name in names})
+        check_tensors(integer_layout(grid, rows, columns), tensors)
+
+        scale, factor, zero = tensors["_scale"], tensors.get("_scale_factor"), tensors.get("_zero")
+        for name, steps in (("_scale", scale), ("_scale_factor", factor)):
+            if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
+                raise InputError(f"{name} of an integer form must be positive and finite")
+        if zero is not None and not grid.float_zero:
+            groups = grid.groups(columns)
+            zero = unpack(zero.view(rows, row_bytes(groups, grid.bits)), groups, grid.bits)
+        elif zero is not None and not bool(torch.isfinite(zero).all()):
+            raise InputError("_zero of an integer form must be finite")
+        packed = tensors[""].view(rows, row_bytes(columns, grid.bits))
+        return cls(packed, FittedGrid(grid, columns, scale, factor, zero))
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        return self._decode(slice(start, stop))
+
+    def take_rows(self, index: Tensor) -> Tensor:
+        check_index(index, self.shape[0])
+        return self._decode(index)
+
+    def decode(self) -> Tensor:
+        whole = torch.empty(self.shape, device=self.packed.device)
+        for start, stop in self.row_chunks():
+            whole[start:stop] = self.decode_rows(start, stop)
+        return whole
+
+    def _decode(self, rows: slice | Tensor) -> Tensor:
+        codes = unpack(self.packed[rows], self.fitted.columns, self.grid.bits)
+        return points(codes, self.fitted.select(rows))
+
+
+def integer_layout(grid: Grid, rows: int, columns: int) -> Layout:
+    """Suffix -> (dtype, shape) of every tensor of an integer form of this shape."""
+    groups = grid.groups(columns)
+    small = grid.scale_bits == 8
+    layout: Layout = {
+        "": (torch.uint8, (rows * row_bytes(columns, grid.bits),)),
+        "_scale": (torch.uint8 if small else torch.float16, (rows, groups)),
+    }
+    if small:
+        layout["_scale_factor"] = (torch.float16, (rows,))
+    if grid.float_zero:
+        layout["_zero"] = (torch.float16, (rows, groups))
+    elif not grid.symmetric:
+        layout["_zero"] = (torch.uint8, (rows * row_bytes(groups, grid.bits),))
+    return layout
+
+
+def stored_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
+    """``spec["shape"]`` as (rows, columns); raises ``InputError`` unless it is two sensible whole numbers."""
+    shape = spec.get("shape")
+    if (
+        not isinstance(shape, (list, tuple))
+        or len(shape) != 2
+        or any(type(side) is not int or not 1 <= side <= LONGEST_SIDE for side in shape)
+    ):
+        raise InputError(f"the shape of a stored weight must be two positive whole numbers, not {shape!r}")
+    return shape[0], shape[1]
+
+
+def check_tensors(layout: Layout, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are not exactly those of ``layout``."""
+    if set(tensors) != set(layout):
+        raise InputError(f"a stored weight needs the tensors {sorted(layout)}, but has {sorted(tensors)}")
+    for suffix, (dtype, shape) in layout.items():
+        tensor = tensors[suffix]
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise InputError(
+                f"stored tensor {suffix!r} must be {str(dtype).removeprefix('torch.')} {list(shape)}, "
+                f"not {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+            )
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    """Refuse row numbers outside ``0 .. rows - 1``, which indexing would silently count from the end."""
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"row numbers are a 1-D int64 tensor, not {index.dtype} {list(index.shape)}")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
+        raise IndexError(f"row numbers reach from {int(index.min())} to {int(index.max())}, outside 0..{rows - 1}")

@@ -1,0 +1,103 @@
+"""The journal of a run: what is finished, so that the same command continues where it was killed.
+
+A work folder belongs to one run: its ``identity`` is a hash of weights, tokens, options, seed, versions and threads.
+Entries are lines of JSON, one finished unit each, written whole and flushed to the disk before the next unit begins;
+a half-written last line is what a kill leaves, and is dropped. Only the process that holds the lock writes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import InputError
+
+
+def identity_of(parts: Mapping[str, Any]) -> str:
+    """Hash of everything that decides a run's result."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """The finished units of one work folder."""
+
+    def __init__(self, folder: Path, identity: str) -> None:
+        self.folder, self.identity = folder, identity
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"another run is using the work folder {folder}; wait for it or give another --work") from None
+        self.entries: dict[str, Any] = {}
+        stamp = folder / "identity"
+        if stamp.is_file() and stamp.read_text().strip() != identity:
+            raise InputError(
+                f"the work folder {folder} belongs to another run (other network, text, options, seed, versions or "
+                f"threads); give another --work or remove it"
+            )
+        if not stamp.is_file():
+            if any(p.name != "lock" for p in folder.iterdir()):
+                raise InputError(f"the work folder {folder} holds files that are not layerwise's; give an empty one")
+            _write_whole(stamp, identity + "\n")
+        self._load()
+
+    def _load(self) -> None:
+        path = self.folder / "journal.jsonl"
+        whole = 0
+        if path.is_file():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    entry = json.loads(line)
+                    self.entries[entry["unit"]] = entry["value"]
+                except (ValueError, KeyError, TypeError):
+                    break
+                if not line.endswith(b"\n"):
+                    break
+                whole += len(line)
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        self._file = path.open("ab")
+
+    def has(self, unit: str) -> bool:
+        return unit in self.entries
+
+    def __getitem__(self, unit: str) -> Any:
+        return self.entries[unit]
+
+    def record(self, unit: str, value: Any) -> None:
+        """Note a finished unit; on disk when this returns."""
+        self._file.write((json.dumps({"unit": unit, "value": value}) + "\n").encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.entries[unit] = value
+
+    def forget(self, unit: str) -> None:
+        """Drop a unit, to be done again."""
+        if self.entries.pop(unit, None) is None:
+            return
+        self._file.close()
+        lines = "".join(json.dumps({"unit": u, "value": v}) + "\n" for u, v in self.entries.items())
+        _write_whole(self.folder / "journal.jsonl", lines)
+        self._file = (self.folder / "journal.jsonl").open("ab")
+
+    def close(self, remove: bool = False) -> None:
+        self._file.close()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._lock.close()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_suffix(".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

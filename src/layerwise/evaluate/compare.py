@@ -1,0 +1,129 @@
+"""Comparing stored networks with the dense one on the same tokens, block by block.
+
+One pass: every variant's block ``i`` runs before any block ``i + 1``, hidden states wait on disk, and the tails of
+the dense network and of one variant stand side by side for the loss. Memory is one block and two heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.calibrate.forward import boundaries, enter_network, forward_block
+from layerwise.loss import Loss
+from layerwise.network.network import Network, hidden_width, output_width
+from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
+
+
+@dataclass
+class Measured:
+    """Quality of one variant. ``metrics``: kl or distance, and perplexity for a causal network."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    terms: int = 0
+    vectors: Tensor | None = None  # [texts, width] in batch order, for a network that embeds
+
+
+@torch.inference_mode()
+def compare(
+    network: Network,
+    variants: Mapping[str, Weights],
+    loss: Loss,
+    batches: Sequence[Batch],
+    folder: Path,
+    device: str = "cpu",
+    advance: Callable[[], None] = lambda: None,
+) -> dict[str, Measured]:
+    """Measure every variant and the dense network itself (under the name ``dense``) on ``batches``.
+
+    folder:  scratch space for hidden states; emptied again.
+    advance: called once a block of each network, for progress.
+    """
+    named: dict[str, Weights] = {"dense": network, **variants}
+    streamers = {name: Streamer(network.again(), weights, device) for name, weights in named.items()}
+    finals = {}
+    for i, (name, streamer) in enumerate(streamers.items()):
+        finals[name] = run_blocks(streamer, batches, folder, f"compare{i}", advance)
+    measured = {name: Measured() for name in named}
+    vocabulary = output_width(network)
+    for name, streamer in streamers.items():
+        if name == "dense" and len(named) > 1:
+            continue
+        sums = _Sums()
+        with streamers["dense"].tail() as dense_tail, streamer.tail() as tail:
+            for i, batch in enumerate(batches):
+                dense_hidden, hidden = finals["dense"].read(i), finals[name].read(i)
+                for start, stop in rows_at_once(batch, vocabulary):
+                    part = batch.rows(start, stop)
+                    dense = loss.target(dense_tail(part, dense_hidden[start:stop].to(device)), part)
+                    other = dense if name == "dense" else loss.target(tail(part, hidden[start:stop].to(device)), part)
+                    sums.add(loss, part, dense, other)
+        measured[name], measured["dense"] = sums.measured(loss), sums.dense_measured(loss)
+    for boundary in finals.values():
+        boundary.remove()
+    return measured
+
+
+def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefix: str, advance: Callable[[], None]):  # type: ignore[no-untyped-def]
+    """All blocks of one network; returns the boundary after the last, the others are removed on the way."""
+    width = hidden_width(streamer.network)
+    first, second = boundaries(folder, prefix, batches, width, 2)
+    enter_network(streamer, batches, first)
+    for index in range(len(streamer.network.tree.blocks)):
+        forward_block(streamer, index, batches, first, second)
+        first, second = second, first
+        advance()
+    second.remove()
+    return first
+
+
+@dataclass
+class _Sums:
+    """Running sums of the loss, and of the log-likelihood of the next token under both networks."""
+
+    loss: float = 0.0
+    terms: int = 0
+    likelihood: float = 0.0
+    dense_likelihood: float = 0.0
+    predicted: int = 0
+    agreed: int = 0
+    vectors: list[Tensor] = field(default_factory=list)
+    dense_vectors: list[Tensor] = field(default_factory=list)
+
+    def add(self, loss: Loss, batch: Batch, dense: Tensor, other: Tensor) -> None:
+        self.loss += float(loss.distances(dense, other).double().sum())
+        self.terms += loss.terms(batch)
+        if loss.kind == "distance":
+            self.vectors.append(other.cpu())
+            self.dense_vectors.append(dense.cpu())
+            return
+        self.agreed += int((dense.argmax(-1) == other.argmax(-1)).sum())
+        if loss.kind == "token kl" and batch.mask is None:
+            sequences, length = batch.tokens.shape
+            follows = batch.tokens[:, 1:].reshape(-1).to(other.device)
+            keep = (torch.arange(sequences * length) % length != length - 1).to(other.device)
+            for logits, attribute in ((other, "likelihood"), (dense, "dense_likelihood")):
+                scores = logits[keep].log_softmax(-1).gather(1, follows[:, None])
+                setattr(self, attribute, getattr(self, attribute) + float(scores.double().sum()))
+            self.predicted += len(follows)
+
+    def measured(self, loss: Loss) -> Measured:
+        metrics = {loss.name: self.loss / max(1, self.terms)}
+        if loss.kind != "distance":
+            metrics["agreement"] = self.agreed / max(1, self.terms)
+        if self.predicted:
+            metrics["perplexity"] = math.exp(-self.likelihood / self.predicted)
+        return Measured(metrics, self.terms, torch.cat(self.vectors) if self.vectors else None)
+
+    def dense_measured(self, loss: Loss) -> Measured:
+        metrics = {loss.name: 0.0}
+        if loss.kind != "distance":
+            metrics["agreement"] = 1.0
+        if self.predicted:
+            metrics["perplexity"] = math.exp(-self.dense_likelihood / self.predicted)
+        return Measured(metrics, self.terms, torch.cat(self.dense_vectors) if self.dense_vectors else None)

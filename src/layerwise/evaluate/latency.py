@@ -1,0 +1,26 @@
+"""Time of one forward pass of a network in memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from torch import nn
+
+from layerwise.network.streaming import Batch
+
+RUNS = 5
+
+
+@torch.inference_mode()
+def forward_seconds(module: nn.Module, batch: Batch, runs: int = RUNS) -> float:
+    """Median seconds of ``runs`` forward passes over a batch, after one that is not counted."""
+    arguments = batch.arguments()
+    module(**arguments)
+    taken = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        module(**arguments)
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)

@@ -1,0 +1,95 @@
+"""The measured loss of changing one site alone, to hold predictions against."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from layerwise.encoding.encoded import Encoded
+from layerwise.loss import Loss
+from layerwise.network.network import Network, output_width
+from layerwise.network.overlay import Overlay
+from layerwise.network.streaming import Batch, Streamer, rows_at_once
+
+
+@torch.inference_mode()
+def measure_sites(
+    network: Network, changes: Sequence[tuple[str, Encoded]], loss: Loss, batches: Sequence[Batch], device: str = "cpu"
+) -> list[float]:
+    """Mean loss per term with one site at a time replaced by its stored form and all else dense.
+
+    Only the blocks from the changed site on are run again. The dense hidden states of ``batches`` are held in memory
+    (blocks x tokens x width x 4 bytes), so give it a few thousand tokens.
+    """
+    blocks = len(network.tree.blocks)
+    dense = Streamer(network.again(), None, device)
+    hidden: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+    with dense.head_of_network() as enter:
+        hidden[0] = [enter(batch, 0)[0] for batch in batches]
+    for index in range(blocks):
+        hidden[index + 1] = _block(dense, index, batches, hidden[index])
+    targets = _targets(dense, loss, batches, hidden[blocks])
+    return [_measure(network, name, encoded, loss, batches, hidden, targets, device) for name, encoded in changes]
+
+
+def _measure(
+    network: Network,
+    name: str,
+    encoded: Encoded,
+    loss: Loss,
+    batches: Sequence[Batch],
+    hidden: list[list[Tensor]],
+    targets: list[Tensor],
+    device: str,
+) -> float:
+    site = network.tree.find(name)
+    streamer = Streamer(network.again(), Overlay(network, {name: lambda: encoded}, exact=True), device)
+    first = len(network.tree.blocks)
+    if site.block is not None:
+        first = network.tree.blocks.index(site.block)
+    elif site.kind in ("table", "position"):
+        first = 0
+    state = hidden[first]
+    if site.kind in ("table", "position"):
+        with streamer.head_of_network() as enter:
+            state = [enter(batch, 0)[0] for batch in batches]
+    for index in range(first, len(network.tree.blocks)):
+        state = _block(streamer, index, batches, state)
+    changed = _targets(streamer, loss, batches, state)
+    total = sum(float(loss.distances(a, b).double().sum()) for a, b in zip(targets, changed, strict=True))
+    return total / sum(loss.terms(b) for b in batches)
+
+
+def _block(streamer: Streamer, index: int, batches: Sequence[Batch], state: list[Tensor]) -> list[Tensor]:
+    with streamer.block(index) as block, streamer.head_of_network() as enter:
+        if streamer.tuple_length is None:
+            streamer.run_block(block, state[0][:1], enter(batches[0].rows(0, 1), 0)[1])
+        return [
+            streamer.run_block(block, given, enter(batch, index)[1])
+            for batch, given in zip(batches, state, strict=True)
+        ]
+
+
+def _targets(streamer: Streamer, loss: Loss, batches: Sequence[Batch], state: list[Tensor]) -> list[Tensor]:
+    width = output_width(streamer.network)
+    out: list[Tensor] = []
+    with streamer.tail() as leave:
+        for batch, given in zip(batches, state, strict=True):
+            parts = [
+                loss.target(leave(part, given[start:stop]), part)
+                for start, stop in rows_at_once(batch, width)
+                for part in [batch.rows(start, stop)]
+            ]
+            out.append(torch.cat(parts))
+    return out
+
+
+def single_site_changes(kept: Mapping[str, Mapping[str, Encoded]], count: int) -> list[tuple[str, str]]:
+    """``count`` (site, recipe) pairs spread evenly over sites and recipes, in a fixed order."""
+    pairs = [(site, recipe) for site in kept for recipe in kept[site] if not recipe.startswith("dense")]
+    if len(pairs) <= count:
+        return pairs
+    step = len(pairs) / count
+    return [pairs[int(i * step)] for i in range(count)]

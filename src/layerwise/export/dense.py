@@ -1,0 +1,58 @@
+"""An artifact as a plain fp16 (or bf16) checkpoint that needs no layerwise: every site decoded once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InputError
+from layerwise.network import safetensors_file
+from layerwise.network.artifact import METADATA, Artifact, FileLayout, open_artifact, staged, write_config
+from layerwise.network.checkpoint import WEIGHTS, to_plain
+from layerwise.network.companions import copy_companions
+
+
+def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], force: bool = False) -> int:
+    """Write a dense checkpoint into ``out_dir`` and return the bytes of its weights.
+
+    One matrix is in memory at a time. Raises ``InputError`` where ``out_dir`` exists (unless ``force``), where the
+    artifact is damaged, or where a decoded value does not fit the type.
+    """
+    artifact = open_artifact(artifact_path)
+    dtype = artifact.plain_dtype
+    layout: FileLayout = {}
+    for name in artifact.plain:
+        info = artifact.checkpoint.tensors[name]
+        layout[name] = (dtype if info.dtype.is_floating_point else info.dtype, info.shape)
+    for name, site in artifact.sites.items():
+        rows, columns = site.spec["shape"]
+        layout[f"{name}.weight"] = (dtype, (columns, rows) if site.transposed else (rows, columns))
+
+    def produce() -> Iterator[tuple[str, Tensor]]:
+        for name in artifact.plain:
+            yield name, to_plain(artifact.checkpoint.read(name), dtype, name)
+        for name in artifact.sites:
+            yield f"{name}.weight", _decoded(artifact, name, dtype)
+
+    config = {k: v for k, v in artifact.config.items() if k not in ("quantization_config", "torch_dtype")}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    with staged(Path(out_dir), force) as folder:
+        size = safetensors_file.write(folder / WEIGHTS, layout, produce(), METADATA)
+        copy_companions(artifact.checkpoint.companions, folder)
+        write_config(folder, config)
+    return size
+
+
+def _decoded(artifact: Artifact, site: str, dtype: torch.dtype) -> Tensor:
+    """A site's weight in its module's layout, converted a few rows at a time."""
+    encoded = artifact.encoded(site)
+    weight = torch.empty(encoded.shape, dtype=dtype)
+    for start, stop in encoded.row_chunks():
+        weight[start:stop] = encoded.decode_rows(start, stop)
+    if not bool(torch.isfinite(weight).all()):
+        raise InputError(f"site {site} decodes to values that {str(dtype).removeprefix('torch.')} cannot hold")
+    return weight.T.contiguous() if artifact.sites[site].transposed else weight

@@ -1,0 +1,72 @@
+"""``quantization_config`` of an artifact: a small versioned description of every encoded site.
+
+    "quantization_config": {
+      "quant_method": "layerwise",
+      "format_version": 1,
+      "sites": {
+        "model.layers.0.self_attn.q_proj": {"encoded": {"form": "integer", "shape": [64, 64], "bits": 4, …}},
+        "transformer.h.0.attn.c_attn":     {"encoded": {…}, "transposed": true}
+      }
+    }
+
+``transposed``: the stored matrix is [out, in], the module's own parameter is [in, out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from layerwise.errors import InputError
+
+METHOD = "layerwise"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StoredSite:
+    """The spec of an encoded weight, and how its module keeps it."""
+
+    spec: dict[str, Any]
+    transposed: bool = False
+
+
+def sites_config(sites: Mapping[str, StoredSite]) -> dict[str, Any]:
+    """The JSON value of ``quantization_config``."""
+    entries = {
+        name: {"encoded": site.spec, **({"transposed": True} if site.transposed else {})}
+        for name, site in sorted(sites.items())
+    }
+    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sites": entries}
+
+
+def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
+    """The sites of a ``quantization_config``; raises ``InputError`` for another method, a newer version, damage."""
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD:
+        raise InputError(
+            f"the network is not a layerwise artifact: its quant_method is "
+            f"{config.get('quant_method') if isinstance(config, Mapping) else None!r}"
+        )
+    version = config.get("format_version")
+    if type(version) is not int or version < 1:
+        raise InputError(f"the artifact's format_version must be a whole number, not {version!r}")
+    if version > FORMAT_VERSION:
+        raise InputError(
+            f"the artifact has format version {version}, this layerwise reads up to {FORMAT_VERSION}; upgrade layerwise"
+        )
+    entries = config.get("sites")
+    if not isinstance(entries, Mapping):
+        raise InputError("the artifact's quantization_config has no sites")
+    sites: dict[str, StoredSite] = {}
+    for name, entry in entries.items():
+        spec = entry.get("encoded") if isinstance(entry, Mapping) else None
+        shape = spec.get("shape") if isinstance(spec, Mapping) else None
+        if not isinstance(spec, Mapping) or not (
+            isinstance(shape, list) and len(shape) == 2 and all(type(s) is int and s > 0 for s in shape)
+        ):
+            raise InputError(f"the artifact's site {name} does not say in which form it is encoded")
+        if entry.get("transposed", False) not in (True, False):
+            raise InputError(f"the artifact's site {name} must have transposed true or false")
+        sites[name] = StoredSite(dict(spec), bool(entry.get("transposed", False)))
+    return sites

@@ -1,0 +1,35 @@
+"""Loading an artifact as the network it was made from."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import nn
+
+from layerwise.errors import InputError, nearest
+from layerwise.network.artifact import open_artifact
+from layerwise.network.transformers_hook import install
+
+
+def load(path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+    """The network in its own class (the one that config.json names), in eval mode, multiplying from the packed form.
+
+    dtype: of activations, norms and biases; by default what the original network computed in.
+    Raises ``InputError`` for a directory that is not a complete artifact.
+    """
+    artifact = open_artifact(path)
+    import transformers
+
+    install()
+    architecture = artifact.checkpoint.architecture
+    kind = getattr(transformers, architecture, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        known = [n for n in dir(transformers) if n.endswith(("ForCausalLM", "Model", "Classification"))]
+        raise InputError(
+            f"this version of transformers has no architecture named {architecture!r}{nearest(architecture, known)}"
+        )
+    module: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
+        artifact.directory, dtype=dtype or "auto", local_files_only=True
+    )
+    return module.to(device).eval()

@@ -1,0 +1,98 @@
+"""An open network: checkpoint, module without weights, site tree, and the reading of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import InputError
+from layerwise.network import safetensors_file
+from layerwise.network.checkpoint import Checkpoint, open_checkpoint
+from layerwise.network.sites import Site, SiteTree, find_sites
+from layerwise.network.skeleton import StoredNames, build_on_meta
+
+
+@dataclass(frozen=True)
+class Network:
+    """What ``layerwise.open`` returns. Holds no weights; ``read`` fetches them from disk."""
+
+    checkpoint: Checkpoint
+    module: nn.Module
+    tree: SiteTree
+    stored: StoredNames
+    plain_dtype: torch.dtype  # what is not encoded is stored in this type
+
+    @property
+    def name(self) -> str:
+        return self.checkpoint.directory.name
+
+    @property
+    def architecture(self) -> str:
+        return self.checkpoint.architecture
+
+    def read(self, parameter: str) -> Tensor:
+        """A parameter as float32, in the module's own layout."""
+        return safetensors_file.read_float(self.checkpoint.tensors[self.stored.of[parameter]])
+
+    def read_rows(self, parameter: str, index: Tensor) -> Tensor:
+        """Rows of a 2-D parameter as float32 ``[len(index), columns]``, without reading the rest."""
+        return safetensors_file.read_rows(self.checkpoint.tensors[self.stored.of[parameter]], index).float()
+
+    def read_site(self, site: Site) -> Tensor:
+        """The stored matrix of a site, ``[rows, columns]`` float32."""
+        weight = self.read(site.parameter)
+        return weight.T.contiguous() if site.transposed else weight
+
+    def read_part(self, path: str) -> dict[str, Tensor]:
+        """All parameters below a module path, by relative name."""
+        part = self.module.get_submodule(path)
+        return {name: self.read(f"{path}.{name}") for name, _ in part.named_parameters()}
+
+    def outer_parameters(self) -> list[str]:
+        """Names of the parameters outside the blocks, tied ones once."""
+        inside = tuple(b + "." for b in self.tree.blocks)
+        return [n for n, _ in self.module.named_parameters() if not n.startswith(inside)]
+
+    def plain_parameters(self, encoded_sites: Iterable[str]) -> list[str]:
+        """Parameters that no encoded site covers, tied ones once: norms, biases, position tables."""
+        covered = {f"{name}.weight" for name in encoded_sites}
+        return [n for n, _ in self.module.named_parameters() if n not in covered]
+
+    def again(self) -> Network:
+        """The same checkpoint with a module of its own, so that two sets of weights can be in memory at once."""
+        module = build_on_meta(self.architecture, self.checkpoint.config)
+        return Network(self.checkpoint, module, self.tree, self.stored, self.plain_dtype)
+
+
+def open_network(source: str | Path, dtype: str = "auto") -> Network:
+    """Open a checkpoint directory or hub id. Reads headers only.
+
+    dtype: what is not encoded is stored in; ``auto`` is float16, or bfloat16 for a bfloat16 checkpoint.
+
+    Raises ``InputError`` in one sentence for anything that is not a loadable safetensors checkpoint of a network
+    made of repeated blocks.
+    """
+    checkpoint = open_checkpoint(source)
+    if "quantization_config" in checkpoint.config:
+        raise InputError(
+            f"{source} is quantized already ({checkpoint.config['quantization_config'].get('quant_method', 'unknown')}); "
+            f"start from the dense checkpoint"
+        )
+    module = build_on_meta(checkpoint.architecture, checkpoint.config)
+    plain = checkpoint.storage_dtype if dtype == "auto" else getattr(torch, dtype)
+    return Network(checkpoint, module, find_sites(module), StoredNames(module, checkpoint), plain)
+
+
+def hidden_width(network: Network) -> int:
+    """Width of the hidden state between blocks."""
+    return int(network.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+
+def output_width(network: Network) -> int:
+    """Width of the widest output per token: the vocabulary under a head, else the hidden state."""
+    heads = [s.rows for s in network.tree.sites if s.kind == "head" or s.head]
+    return heads[0] if heads else hidden_width(network)

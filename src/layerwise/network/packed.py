@@ -1,0 +1,149 @@
+"""Modules that hold a stored form and multiply from it.
+
+Their state is the stored tensors under the stored names (``weight``, ``weight_scale``, …), so that a network's
+``state_dict`` is the artifact's file. Casting a network casts its activations, norms and biases, never what is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.forms import restore_form
+
+
+class Packed(nn.Module):
+    """Common ground: stored tensors as buffers named ``"weight" + suffix``, and the form that they restore to.
+
+    spec:    the form's spec.
+    tensors: suffix -> tensor; on the meta device while a network is being loaded.
+    dtype:   of what the module returns where its inputs do not decide.
+    """
+
+    def __init__(self, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = dict(spec)
+        self.stored = {f"weight{suffix}": suffix for suffix in sorted(tensors)}
+        for name, suffix in self.stored.items():
+            self.register_buffer(name, tensors[suffix])
+        # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
+        self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
+        self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
+
+    @property
+    def encoded(self) -> Encoded:
+        """The stored form over the present buffers; raises ``InputError`` if they do not fit the spec."""
+        buffers = tuple(self._buffers[name] for name in self.stored)
+        if self._restored is None or any(a is not b for a, b in zip(self._restored[0], buffers, strict=True)):
+            tensors = {suffix: self._buffers[name] for name, suffix in self.stored.items()}
+            self._restored = buffers, restore_form(self.spec, tensors)  # type: ignore[arg-type, assignment]
+        return self._restored[1]  # type: ignore[index]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network around this module computes in."""
+        compute: Tensor = self._compute  # type: ignore[assignment]
+        return compute.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        packed = {name: self._buffers[name] for name in self.stored}
+        for name in packed:
+            self._buffers[name] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._buffers.update(packed)
+        for name, tensor in packed.items():
+            if tensor is not None:
+                moved = fn(tensor)
+                self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_restored": None}  # restored again from the copied buffers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        import copy
+
+        twin = self.__class__.__new__(self.__class__)
+        memo[id(self)] = twin
+        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        return twin
+
+    def extra_repr(self) -> str:
+        rows, columns = self.spec.get("shape", (0, 0))
+        options = ", ".join(f"{k}={v}" for k, v in self.spec.items() if k not in ("shape", "layout"))
+        return f"{rows}x{columns}, {options}"
+
+
+class PackedLinear(Packed):
+    """``y = x W^T + b`` from the stored form; ``W`` is ``[out, in]`` also where the dense module kept ``[in, out]``."""
+
+    def __init__(
+        self, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype
+    ) -> None:
+        super().__init__(spec, tensors, dtype)
+        self.out_features, self.in_features = spec["shape"]
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.encoded.multiply(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class PackedEmbedding(Packed):
+    """Looks up rows of the stored form. ``scale`` is the factor that some networks' own tables apply."""
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__(spec, tensors, dtype)
+        self.num_embeddings, self.embedding_dim = spec["shape"]
+        self.padding_idx = padding_idx  # matters for gradients only: its row is stored and looked up like any other
+        self.scale = scale
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.embedding_dim).to(self.dtype)
+        return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
+
+
+class PackedHead(nn.Module):
+    """A head tied to a packed table: it multiplies from the table's stored form and stores nothing itself.
+
+    bias:       the head's own bias, or None.
+    bias_owner: the module whose ``bias`` is used instead (BERT's decoder takes its parent's).
+    """
+
+    table: PackedEmbedding
+    bias_owner: nn.Module | None
+
+    def __init__(self, table: PackedEmbedding, bias: nn.Parameter | None, bias_owner: nn.Module | None = None) -> None:
+        super().__init__()
+        # Kept out of the submodules: the table's tensors belong to the table alone.
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "bias_owner", bias_owner)
+        self.out_features, self.in_features = table.num_embeddings, table.embedding_dim
+        if bias_owner is None:
+            self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table's codes, as ``table.weight`` gives them."""
+        return self.table.weight  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.table.encoded.multiply(x)
+        bias = self.bias if self.bias_owner is None else self.bias_owner.bias
+        return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
+
+    def extra_repr(self) -> str:
+        return f"{self.out_features}x{self.in_features}, tied"

@@ -1,0 +1,147 @@
+"""The site tree of a network, found by looking at its modules.
+
+    network
+    ├── tables        nn.Embedding outside the blocks; the word table is tied to the head or not
+    ├── blocks        the longest outermost nn.ModuleList of equal modules that hold matrices
+    │   └── linears   nn.Linear, and GPT-2's Conv1D whose matrix is stored transposed
+    ├── outer linears pooler, classifier, the transform of a masked language head
+    └── head          the matrix that gives one score per word of the vocabulary
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
+
+from layerwise.errors import InputError
+from layerwise.network.skeleton import parameter_owners
+
+Kind = Literal["linear", "table", "head", "position"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One stored matrix.
+
+    name:        module path; the parameter is ``name + ".weight"``.
+    rows/columns: of the stored matrix, always ``[out, in]`` for a linear and ``[entries, width]`` for a table.
+    transposed:  the module keeps ``[in, out]`` (Conv1D).
+    block:       path of the block it lies in, or None.
+    head:        for a tied table, the path of the head that shares its matrix.
+    searched:    False for a matrix the planner leaves alone (a position or type table).
+    """
+
+    name: str
+    kind: Kind
+    rows: int
+    columns: int
+    transposed: bool = False
+    block: str | None = None
+    head: str | None = None
+    searched: bool = True
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True)
+class SiteTree:
+    """All sites of a network in execution order, and the paths of its blocks."""
+
+    blocks: tuple[str, ...]
+    sites: tuple[Site, ...]
+    parameters: int  # dense parameters, tied counted once, buffers excluded
+
+    def of_block(self, block: str | None) -> tuple[Site, ...]:
+        return tuple(s for s in self.sites if s.block == block)
+
+    def find(self, name: str) -> Site:
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(name)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """GPT-2's ``Conv1D`` is a linear whose weight lies ``[in, out]``."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def find_blocks(module: nn.Module) -> tuple[str, ...]:
+    """Paths of the repeated residual units: the outermost list of equal modules holding the most matrices."""
+    lists: list[tuple[int, str, nn.ModuleList]] = []
+    for path, child in module.named_modules():
+        if not isinstance(child, nn.ModuleList) or len(child) == 0 or any(path.startswith(p + ".") for _, p, _ in lists):
+            continue
+        if len({type(member) for member in child}) == 1 and any(is_linear(m) for m in child.modules()):
+            lists.append((sum(p.numel() for p in child.parameters()), path, child))
+    if not lists:
+        raise InputError(
+            f"{type(module).__name__} has no list of equal blocks; layerwise works on networks made of repeated blocks"
+        )
+    lists.sort(key=lambda entry: -entry[0])
+    if len(lists) > 1 and lists[1][0] * 4 > lists[0][0]:
+        raise InputError(
+            f"{type(module).__name__} has two stacks of blocks ({lists[0][1]} and {lists[1][1]}); "
+            f"networks with an encoder and a decoder are not supported yet"
+        )
+    _, path, members = lists[0]
+    return tuple(f"{path}.{i}" for i in range(len(members)))
+
+
+def find_sites(module: nn.Module) -> SiteTree:
+    """The site tree of a module built by ``build_on_meta``."""
+    blocks = find_blocks(module)
+    word_table = _path_of(module, module.get_input_embeddings())  # type: ignore[operator]
+    head = _path_of(module, module.get_output_embeddings())  # type: ignore[operator]
+    owners = parameter_owners(module)
+    sites: list[Site] = []
+    for path, child in module.named_modules():
+        block = next((b for b in blocks if path.startswith(b + ".")), None)
+        if isinstance(child, nn.Embedding) and block is None:
+            rows, columns = child.weight.shape
+            kind: Kind = "table" if path == word_table else "position"
+            tied = head if head and f"{head}.weight" in owners[id(child.weight)] else None
+            sites.append(
+                Site(path, kind, rows, columns, head=tied if kind == "table" else None, searched=kind == "table")
+            )
+        elif is_linear(child):
+            if path == head:
+                if not any(s.head == path for s in sites):
+                    sites.append(Site(path, "head", *child.weight.shape))
+                continue
+            out_in = tuple(reversed(child.weight.shape)) if is_transposed(child) else tuple(child.weight.shape)
+            sites.append(Site(path, "linear", *out_in, transposed=is_transposed(child), block=block))  # type: ignore[call-overload]
+    parameters = sum(p.numel() for p in module.parameters())
+    return SiteTree(blocks, tuple(_in_order(sites, blocks)), parameters)
+
+
+def _in_order(sites: list[Site], blocks: tuple[str, ...]) -> list[Site]:
+    rank = {block: i for i, block in enumerate(blocks)}
+    tables = [s for s in sites if s.kind in ("table", "position")]
+    inner = sorted((s for s in sites if s.block), key=lambda s: rank[s.block or ""])
+    outer = [s for s in sites if not s.block and s.kind in ("linear", "head")]
+    return [*tables, *inner, *outer]
+
+
+def _path_of(module: nn.Module, child: nn.Module | None) -> str | None:
+    if child is None or isinstance(child, nn.Identity):
+        return None
+    return next((path for path, member in module.named_modules() if member is child), None)
+
+
+def unreached(tree: SiteTree, names: set[str]) -> SiteTree:
+    """The tree with these sites marked as not searched: the loss does not depend on them."""
+    sites = tuple(replace(s, searched=False) if s.name in names else s for s in tree.sites)
+    return replace(tree, sites=sites)

@@ -1,0 +1,132 @@
+"""A network without its weights: the module on the meta device, and weights that come and go.
+
+The class named by ``config["architectures"]`` is built with empty parameters (buffers, such as rotary tables, are
+real), so a network of any size costs nothing until ``materialise`` reads the parameters of one part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from layerwise.network.checkpoint import Checkpoint
+
+
+def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
+    """The transformers class ``architecture`` with meta parameters and real buffers, in eval mode."""
+    import transformers
+
+    cls = getattr(transformers, architecture, None)
+    if cls is None or not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        known = [n for n in dir(transformers) if n.endswith(("ForCausalLM", "LMHeadModel", "Model", "Classification"))]
+        raise InputError(
+            f"this version of transformers has no architecture named {architecture!r}{nearest(architecture, known)}"
+        )
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    try:
+        settings = cls.config_class.from_dict(plain)
+        settings._attn_implementation = "sdpa"
+        with empty_parameters():
+            module = cls(settings)
+    except InputError:
+        raise
+    except Exception as reason:  # a config that its own class refuses is the checkpoint's mistake, whatever it raises
+        raise InputError(f"config.json does not describe a {architecture}: {first_sentence(reason)}") from None
+    module.tie_weights()
+    return module.eval().requires_grad_(False)
+
+
+def first_sentence(reason: Exception) -> str:
+    return (str(reason).strip().splitlines() or [type(reason).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """While active, modules put their parameters on the meta device and their buffers where they belong."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def parameter_owners(module: nn.Module) -> dict[int, list[str]]:
+    """``id(parameter)`` -> every name under which it hangs; more than one name means tied."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+class StoredNames:
+    """Which tensor of the checkpoint belongs to which parameter of the module.
+
+    Checkpoints of a bare model and of the same model under a head differ by the base model's prefix; a tied
+    parameter is stored under any one of its names.
+    """
+
+    def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
+        prefix = getattr(module, "base_model_prefix", "") + "."
+        stored = checkpoint.tensors
+        self.of: dict[str, str] = {}
+        missing: list[str] = []
+        for names in parameter_owners(module).values():
+            choices = [c for n in names for c in (n, prefix + n, n.removeprefix(prefix), renamed_norm(n))]
+            found = next((c for c in choices if c in stored), None)
+            if found is None:
+                missing.append(names[0])
+            for name in names:
+                self.of[name] = found or ""
+        if missing:
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise InputError(
+                f"the checkpoint has no tensor for {listed} of {type(module).__name__}; "
+                f"its weights must belong to the architecture that config.json names"
+            )
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            info = stored[self.of[name]]
+            if tuple(info.shape) != tuple(parameter.shape):
+                raise InputError(
+                    f"tensor {info.name} has shape {list(info.shape)}, but config.json asks for "
+                    f"{list(parameter.shape)} ({name})"
+                )
+            if not info.dtype.is_floating_point or info.dtype.itemsize < 2:
+                raise InputError(
+                    f"tensor {info.name} is stored as {str(info.dtype).removeprefix('torch.')}; "
+                    f"layerwise starts from float32, float16 or bfloat16 weights"
+                )
+
+
+def renamed_norm(name: str) -> str:
+    """Old BERT checkpoints call a norm's weight gamma and its bias beta."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+@contextlib.contextmanager
+def materialised(module: nn.Module, values: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+    """``module`` with the named parameters (relative names) holding ``values``; back to meta on exit."""
+    replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            replaced.append((owner, leaf, owner._parameters[leaf]))  # type: ignore[arg-type]
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        yield module
+    finally:
+        for owner, leaf, parameter in replaced:
+            owner._parameters[leaf] = parameter

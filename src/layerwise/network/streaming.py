@@ -1,0 +1,248 @@
+"""Running a network block by block, with one block's weights in memory.
+
+The network's own forward is used, never a copy of it: with its blocks replaced by recorders it yields each block's
+input and arguments (masks, rotary tables); with its blocks replaced by a player that hands over a stored hidden state
+it runs what comes after the blocks (final norm, head, pooler).
+
+    batch ─ head of the network ─→ hidden 0 ─ block 0 ─→ hidden 1 … ─ block n-1 ─→ hidden n ─ tail ─→ output
+             (tables, embedding norm)                                                (norm, head or pooler)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.network.network import Network
+from layerwise.network.skeleton import materialised
+
+ROWS_FROM_DISK = 32 << 20  # a table with more float32 bytes than this is looked up row by row from the file
+
+
+class Weights(Protocol):
+    """Where parameters come from: the dense checkpoint, or stored encodings decoded on the way."""
+
+    def read(self, parameter: str) -> Tensor: ...
+    def read_part(self, path: str) -> dict[str, Tensor]: ...
+    def read_rows(self, parameter: str, index: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Equal-length token sequences. ``mask`` is None when nothing is padded."""
+
+    tokens: Tensor  # [sequences, length] int64
+    mask: Tensor | None  # [sequences, length] int64, 1 for a token and 0 for padding
+
+    @property
+    def counted(self) -> Tensor:
+        """Boolean ``[sequences, length]``: the tokens that are not padding."""
+        return torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask.bool()
+
+    def arguments(self) -> dict[str, Tensor]:
+        given = {"input_ids": self.tokens}
+        if self.mask is not None:
+            given["attention_mask"] = self.mask
+        return given
+
+    def rows(self, start: int, stop: int) -> Batch:
+        return Batch(self.tokens[start:stop], None if self.mask is None else self.mask[start:stop])
+
+
+class _Reached(Exception):
+    """Leaves the network's forward once everything wanted has been recorded."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block and notes how it was called; passes hidden states on, or stops at the last."""
+
+    def __init__(self, block: nn.Module, last: bool, tuple_length: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)  # not a submodule: only its plain attributes are wanted
+        self.last, self.tuple_length = last, tuple_length
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        self.hidden, self.call = hidden, (args[1:], kwargs)
+        if self.last:
+            raise _Reached
+        return (hidden, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden
+
+
+class _Player(_Recorder):
+    """Stands in for a block and returns a stored hidden state (the last block) or its input (the others)."""
+
+    def __init__(self, block: nn.Module, stored: Tensor | None, tuple_length: int) -> None:
+        super().__init__(block, False, tuple_length)
+        self.stored = stored
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        out = hidden if self.stored is None else self.stored
+        return (out, *[None] * (self.tuple_length - 1)) if self.tuple_length else out
+
+
+class _RowsFromDisk(nn.Module):
+    """An embedding whose rows are read when they are looked up."""
+
+    def __init__(self, weights: Weights, parameter: str, like: nn.Module) -> None:
+        super().__init__()
+        self.weights, self.parameter = weights, parameter
+        object.__setattr__(self, "like", like)
+
+    def forward(self, index: Tensor) -> Tensor:
+        distinct, position = index.unique(return_inverse=True)
+        rows = self.weights.read_rows(self.parameter, distinct)[position]
+        # Gemma-like tables scale what they look up; the factor is the table's own attribute.
+        factor = getattr(object.__getattribute__(self, "like"), "embed_scale", None)
+        return rows if factor is None else rows * factor
+
+
+class Streamer:
+    """One network's forward in pieces, with weights from ``weights``.
+
+    ``device`` is where blocks run. Everything is float32.
+    """
+
+    def __init__(self, network: Network, weights: Weights | None = None, device: str = "cpu") -> None:
+        self.network = network
+        self.weights: Weights = weights if weights is not None else network
+        self.device = torch.device(device)
+        self.tuple_length: int | None = None
+
+    # ------------------------------------------------------------ blocks
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block ``index`` with its weights in memory."""
+        path = self.network.tree.blocks[index]
+        values = {k: v.to(self.device) for k, v in self.weights.read_part(path).items()}
+        with materialised(self.network.module.get_submodule(path), values) as block:
+            yield block
+
+    def run_block(self, block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
+        """Output hidden state of a materialised block, ``[sequences, length, width]``."""
+        out = block(hidden, *call[0], **call[1])
+        if self.tuple_length is None:
+            self.tuple_length = len(out) if isinstance(out, tuple) else 0
+        return out[0] if isinstance(out, tuple) else out
+
+    # ------------------------------------------------------------ before the blocks
+
+    @contextlib.contextmanager
+    def head_of_network(self) -> Iterator[Callable[[Batch, int], tuple[Tensor, Any]]]:
+        """Yields ``enter(batch, index) -> (hidden 0, call of block index)``, tables and outer norms in memory."""
+        with self._outer(with_head=False):
+            yield self._enter
+
+    def _enter(self, batch: Batch, index: int) -> tuple[Tensor, Any]:
+        # Until a block has run once it is not known whether blocks return tuples, so only block 0 can be entered.
+        stop = index if self.tuple_length is not None else 0
+        recorders: dict[int, _Recorder] = {}
+
+        def stand_in(i: int, block: nn.Module) -> nn.Module:
+            recorders[i] = _Recorder(block, i == stop, self.tuple_length or 0)
+            return recorders[i]
+
+        with self._blocks_replaced(stand_in), contextlib.suppress(_Reached):
+            self.network.module(**self._on_device(batch), use_cache=False)
+        return recorders[0].hidden, recorders[stop].call
+
+    # ------------------------------------------------------------ after the blocks
+
+    @contextlib.contextmanager
+    def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
+        """Yields ``run(batch, hidden n) -> the network's output object``, head and outer weights in memory."""
+        with self._outer(with_head=True):
+            yield self._leave
+
+    def _leave(self, batch: Batch, hidden: Tensor) -> Any:
+        last = len(self.network.tree.blocks) - 1
+
+        def stand_in(i: int, block: nn.Module) -> nn.Module:
+            return _Player(block, hidden if i == last else None, self.tuple_length or 0)
+
+        with self._blocks_replaced(stand_in):
+            return self.network.module(**self._on_device(batch), use_cache=False)
+
+    # ------------------------------------------------------------ parts
+
+    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
+        return {k: v.to(self.device) for k, v in batch.arguments().items()}
+
+    @contextlib.contextmanager
+    def _outer(self, with_head: bool) -> Iterator[None]:
+        """Parameters outside the blocks in memory; large tables are looked up from disk instead."""
+        module, tree = self.network.module, self.network.tree
+        heads = {s.head for s in tree.sites if s.head} | {s.name for s in tree.sites if s.kind == "head"}
+        values: dict[str, Tensor] = {}
+        with contextlib.ExitStack() as stack:
+            names = self.network.outer_parameters()
+            for site in tree.sites:
+                if site.kind in ("table", "position") and site.parameters * 4 > ROWS_FROM_DISK:
+                    stack.enter_context(_replaced(module, site.name, lambda m, s=site: self._rows_from_disk(m, s)))
+                    names = [n for n in names if n != site.parameter]
+                if site.head and with_head:
+                    values[f"{site.head}.weight"] = self.weights.read(site.parameter).to(self.device)
+            for name in names:
+                if with_head or name.rpartition(".")[0] not in heads:
+                    tied = next((s for s in tree.sites if s.head and s.parameter == name), None)
+                    shared = values.get(f"{tied.head}.weight") if tied else None
+                    values[name] = shared if shared is not None else self.weights.read(name).to(self.device)
+            stack.enter_context(materialised(module, values))
+            if str(self.device) != "cpu":
+                _move_buffers(module, self.device)
+            yield
+
+    def _rows_from_disk(self, table: nn.Module, site: Any) -> nn.Module:
+        return _RowsFromDisk(self.weights, site.parameter, table)
+
+    @contextlib.contextmanager
+    def _blocks_replaced(self, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
+        paths = self.network.tree.blocks
+        members = self.network.module.get_submodule(paths[0].rpartition(".")[0])
+        originals = list(members.children())
+        try:
+            for i, block in enumerate(originals):
+                members[i] = stand_in(i, block)  # type: ignore[operator]
+            yield
+        finally:
+            for i, block in enumerate(originals):
+                members[i] = block  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+    parent_path, _, leaf = path.rpartition(".")
+    parent = module.get_submodule(parent_path)
+    original = parent._modules[leaf]
+    parent._modules[leaf] = make(original)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        parent._modules[leaf] = original
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    for member in module.modules():
+        for name, buffer in member._buffers.items():
+            if buffer is not None and buffer.device != device:
+                member._buffers[name] = buffer.to(device)
+
+
+def rows_at_once(batch: Batch, width: int, limit: int = 16 << 20) -> Sequence[tuple[int, int]]:
+    """Ranges of sequences so that ``sequences * length * width`` stays below ``limit`` elements (at least one)."""
+    count, length = batch.tokens.shape
+    step = max(1, limit // max(1, length * width))
+    return [(start, min(start + step, count)) for start in range(0, count, step)]

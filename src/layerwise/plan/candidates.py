@@ -1,0 +1,76 @@
+"""Candidates of a site: every recipe encoded, its exact bytes and its damage on tokens the encoder has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
+from layerwise.errors import InputError
+from layerwise.plan.tree import Candidate
+from layerwise.technique import parse_recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerwise.calibrate.statistics import SiteStatistics
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A candidate together with what would be stored."""
+
+    recipe: str
+    encoded: Encoded
+    damage: float
+
+
+def encode_candidate(
+    site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics
+) -> Encoding:
+    """Encode ``weight`` [rows, columns] on the fit statistics and judge it on the judge statistics.
+
+    The encoding is checked before it may enter a plan: finite when decoded, and better than leaving the matrix out.
+    """
+    import torch
+
+    from layerwise.sensitivity.kronecker import damage
+
+    encoder = parse_recipe(recipe).encoder
+    encoded = encoder.encode(weight, fit)
+    decoded = encoded.decode()
+    if not bool(torch.isfinite(decoded).all()):
+        raise InputError(
+            f"{recipe} produced a weight that is not finite at {site}; resume with --redo {site}=rtn:bits=8 or another recipe"
+        )
+    found = damage(decoded - weight, judge)
+    removed = damage(weight, judge)
+    if not found <= max(removed, 1e-12) * 1.5:
+        raise InputError(
+            f"{recipe} does more damage at {site} ({found:.3g}) than leaving the matrix out ({removed:.3g}); "
+            f"resume with --redo {site}=RECIPE and another recipe"
+        )
+    return Encoding(recipe, encoded, found)
+
+
+def non_dominated(candidates: Sequence[Candidate]) -> list[int]:
+    """Indices of the candidates that no other beats in both bytes and damage, by ascending bytes."""
+    order = sorted(range(len(candidates)), key=lambda i: (candidates[i].bytes, candidates[i].damage, i))
+    kept: list[int] = []
+    least = float("inf")
+    for i in order:
+        if candidates[i].damage < least:
+            kept.append(i)
+            least = candidates[i].damage
+    return kept
+
+
+def layout_of(recipe: str, rows: int, columns: int) -> Layout:
+    """What a recipe will store for a matrix of this shape, known without encoding it."""
+    return parse_recipe(recipe).encoder.layout(rows, columns)
+
+
+def recipe_bpw(recipe: str, rows: int, columns: int) -> float:
+    """Stored bits a weight, scales included, header not."""
+    return 8 * layout_bytes(layout_of(recipe, rows, columns)) / (rows * columns)

@@ -1,0 +1,130 @@
+"""Which recipes are tried at which site.
+
+The default menu is what a byte is best spent on among the techniques asked for: every width from 2 to 8 bits, with
+groups that grow as the width does, since a finer grid needs fewer scales. A scale is stored in 8 bits beside one
+float16 factor a row: half the bytes of a float16 scale for an error that does not show.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cache
+
+from layerwise.errors import InputError
+from layerwise.technique import Encoder, Recipe, Rewrite, find, parse_recipe, parse_technique
+
+# (bits, group) of a linear, and of a table, whose rows need fewer bits than linears do
+LINEAR_GRIDS = (
+    (2, 128), (2, 64), (2, 32),
+    (3, 128), (3, 64), (3, 32),
+    (4, 128), (4, 64), (4, 32),
+    (5, 128), (5, 64),
+    (6, 128), (8, 128),
+)  # fmt: skip
+TABLE_GRIDS = ((2, 128), (2, 64), (2, 32), (3, 128), (3, 64), (4, 128), (4, 64), (5, 128), (6, 128), (8, 128))
+DEFAULT_TECHNIQUES = ("two_sided",)
+UNREACHED = "rtn:bits=8,group=0"  # a site the loss does not reach: small and safe, never searched
+
+
+@dataclasses.dataclass(frozen=True)
+class Menu:
+    """Recipe texts, canonical, per kind of site."""
+
+    linear: tuple[str, ...]
+    table: tuple[str, ...]
+
+    def of(self, kind: str, columns: int) -> tuple[str, ...]:
+        """The recipes for a site of this kind and width, without those that are the same grid at this width."""
+        recipes = self.table if kind in ("table", "head") else self.linear
+        return _distinct([fitted(recipe, columns) for recipe in recipes])
+
+
+def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
+    """The menu of some techniques: ``["gptq", "awq+rtn", "hqq:bits=3,group=64"]``.
+
+    A technique without options stands for its whole range of widths and groups; one with options for itself alone.
+    The 16-bit candidate is always there.
+    """
+    linear: list[str] = []
+    table: list[str] = []
+    for text in techniques or DEFAULT_TECHNIQUES:
+        chain, encoder = _parts(text)
+        if ":" in text:
+            recipe = str(parse_recipe(text))
+            linear.append(recipe)
+            table.append(str(parse_recipe(recipe).encoder))
+            continue
+        for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
+            for bits, group in grids:
+                made = _on_grid(encoder, bits, group)
+                prefix = "+".join(chain) + "+" if chain and out is linear else ""
+                out.append(str(parse_recipe(prefix + made)))
+    plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
+    return Menu(_distinct([*linear, plain]), _distinct([*table, plain]))
+
+
+def uniform_recipes(recipe: Recipe, embeddings: str) -> tuple[str, str]:
+    """(linear recipe, table recipe) of a uniform baseline; tables on the same grid by rounding, or int8 rows."""
+    if embeddings == "int8":
+        return str(recipe), "rtn:bits=8,group=0"
+    if embeddings != "same":
+        raise InputError(f"--embeddings must be same or int8, not {embeddings!r}")
+    fields = {f.name for f in dataclasses.fields(find("rtn"))}  # type: ignore[arg-type]
+    shared = {
+        f.name: getattr(recipe.encoder, f.name)
+        for f in dataclasses.fields(recipe.encoder)  # type: ignore[arg-type]
+        if f.name in fields and f.name in ("bits", "group", "symmetric", "scale_bits")
+    }
+    if not shared:
+        return str(recipe), str(recipe.encoder)
+    return str(recipe), "rtn:" + ",".join(f"{k}={str(v).lower()}" for k, v in shared.items())
+
+
+@cache
+def fitted(recipe: str, columns: int) -> str:
+    """The recipe as it is best written for rows of this width.
+
+    Eight-bit scales need a factor a row and pay from three groups a row on; below that a float16 scale is smaller
+    and better. A group wider than the row is the row.
+    """
+    parsed = parse_recipe(recipe)
+    encoder = parsed.encoder
+    fields = {f.name for f in dataclasses.fields(encoder)}  # type: ignore[arg-type]
+    changes: dict[str, int] = {}
+    if "group" in fields and encoder.group > columns:  # type: ignore[attr-defined]
+        changes["group"] = 0
+    groups = -(-columns // (changes.get("group", getattr(encoder, "group", 0)) or columns))
+    if "scale_bits" in fields and encoder.scale_bits == 8 and groups < 3:  # type: ignore[attr-defined]
+        changes["scale_bits"] = 16
+    if not changes:
+        return recipe
+    return str(Recipe(parsed.rewrites, dataclasses.replace(encoder, **changes)))  # type: ignore[type-var]
+
+
+def _parts(text: str) -> tuple[list[str], str]:
+    names = [part.strip() for part in text.split("+") if part.strip()]
+    if not names:
+        raise InputError("a technique name is empty; write --techniques rtn,gptq")
+    for name in names[:-1]:
+        if not isinstance(parse_technique(name), Rewrite):
+            raise InputError(f"{name!r} in {text!r} is not a rewrite; a recipe is rewrites and then one encoder")
+    if not issubclass(find(names[-1].partition(":")[0]), Encoder):
+        raise InputError(f"{text!r} ends in {names[-1]!r}, which is not an encoder; write {text}+rtn or {text}+gptq")
+    return names[:-1], names[-1]
+
+
+def _on_grid(name: str, bits: int, group: int) -> str:
+    fields = {f.name for f in dataclasses.fields(find(name))}  # type: ignore[arg-type]
+    if "bits" not in fields:
+        return name
+    options = [f"bits={bits}"]
+    if "group" in fields:
+        options.append(f"group={group}")
+    if "scale_bits" in fields:
+        options.append("scale_bits=8")
+    return f"{name}:" + ",".join(options)
+
+
+def _distinct(items: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(items))

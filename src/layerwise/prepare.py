@@ -1,0 +1,322 @@
+"""Everything that is checked before long work starts: network, text, techniques, budget, disk.
+
+Whatever is wrong in what the user gave is found here, in seconds, and nothing has been written.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from layerwise.calibrate.reverse import DRAWS
+from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
+from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
+from layerwise.candidates import largest_file, plain_recipe, stored_bytes
+from layerwise.errors import InputError, nearest
+from layerwise.evaluate.sentences import pair_batches
+from layerwise.loss import Loss, loss_of
+from layerwise.network.network import Network, hidden_width, open_network
+from layerwise.network.safetensors_file import header_fixed, header_share
+from layerwise.network.sites import Site
+from layerwise.network.streaming import Batch
+from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quality_loss
+from layerwise.plan.candidates import layout_of
+from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
+from layerwise.plan.constraints import matching
+from layerwise.plan.tree import Leaf, Sum
+from layerwise.technique import parse_recipe
+
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; the names are those of the command line."""
+
+    model: str
+    out: str = ""
+    budget: str | None = None
+    quality_loss: str | None = None
+    uniform: str | None = None
+    embeddings: str = "same"
+    techniques: tuple[str, ...] = ()
+    calibrate: str = DEFAULT
+    evaluate: str | None = None
+    sequences: int = 128
+    length: int = 256
+    text_column: str | None = None
+    pooling: str | None = None
+    seed: int = 0
+    threads: int = field(default_factory=lambda: os.cpu_count() or 1)
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    dtype: str = "auto"
+    device: str = "cpu"
+    work: str | None = None
+    sequential: bool = False
+    baseline: bool = True
+    force: bool = False
+    keep: tuple[str, ...] = ()
+    fix: tuple[str, ...] = ()
+    redo: tuple[str, ...] = ()
+    plan: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("sequences", 4, 1 << 20), ("length", 8, 1 << 20), ("threads", 1, 4096), ("workers", 1, 4096),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(f"--{name} must be from {low} to {high}, not {value}")
+        asked = [n for n in ("budget", "quality_loss", "uniform", "plan") if getattr(self, n) is not None]
+        if len(asked) > 1:
+            listed = " and ".join("--" + n.replace("_", "-") for n in asked)
+            raise InputError(f"give only one of {listed}")
+        if self.dtype not in ("auto", "float16", "bfloat16"):
+            raise InputError(f"--dtype must be auto, float16 or bfloat16, not {self.dtype!r}")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out batches; ``index`` and ``pairs`` are present when the text is scored sentence pairs."""
+
+    text: Text
+    batches: tuple[Batch, ...]
+    same_source: bool
+    index: Any = None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of the file that the menu can reach, and what does not depend on the plan."""
+
+    fixed: int
+    smallest: int
+    largest: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that may begin."""
+
+    options: Options
+    network: Network
+    tokenizer: Any
+    loss: Loss
+    splits: Splits
+    calibration_text: Text
+    evaluation: Evaluation
+    menu: Menu
+    only: dict[str, str]
+    range: Range
+    budget: Budget | None
+    quality: QualityLoss | None
+
+
+def prepare(options: Options) -> Prepared:
+    """Open and check everything; reads headers and text, not weights."""
+    quality = parse_quality_loss(options.quality_loss) if options.quality_loss else None
+    budget = parse_budget(options.budget) if options.budget else None
+    check_device(options.device)
+    if options.out:
+        check_out(Path(options.out), options.force)
+    network = open_network(options.model, options.dtype)
+    loss = loss_of(network.architecture, network.checkpoint.directory, options.pooling)
+    menu, only = menu_of(options, network)
+    reach = reachable(network, menu, only)
+    if budget is not None:
+        check_budget(budget, network, reach)
+    if quality is not None:
+        check_quality(quality, loss, network)
+    tokenizer = open_tokenizer(network)
+    length = min(options.length, longest(network))
+    text = read_text(options.calibrate, options.text_column)
+    if options.evaluate is not None:
+        held_out, same_source = read_text(options.evaluate, options.text_column), False
+        refuse_overlap(text, held_out)
+        calibration_text = text
+    else:
+        (calibration_text, held_out), same_source = set_aside(text, options.seed), True
+    windows = reads_windows(network, loss)
+    splits = make_splits(calibration_text, tokenizer, windows, options.sequences, length, options.seed)
+    evaluation = make_evaluation(held_out, same_source, tokenizer, loss, windows, options, length)
+    return Prepared(
+        options, network, tokenizer, loss, splits, calibration_text, evaluation, menu, only, reach, budget, quality
+    )
+
+
+def reads_windows(network: Network, loss: Loss) -> bool:
+    """A causal language model reads windows of running text; every other network reads texts one by one."""
+    return loss.causal and not network.architecture.endswith("ForMaskedLM")
+
+
+def make_evaluation(
+    text: Text, same_source: bool, tokenizer: Any, loss: Loss, windows: bool, options: Options, length: int
+) -> Evaluation:
+    if text.pairs and loss.kind == "distance":
+        batches, index = pair_batches(text.pairs, tokenizer, length)
+        return Evaluation(text, batches, same_source, index)
+    batches = batches_of(text.documents, tokenizer, windows, max(64, 2 * options.sequences), length)
+    if tokens_in(batches) < 32:
+        raise InputError(
+            f"the evaluation text {text.source} is too short: {tokens_in(batches)} tokens; give more text with --evaluate"
+        )
+    return Evaluation(text, batches, same_source)
+
+
+def menu_of(options: Options, network: Network) -> tuple[Menu, dict[str, str]]:
+    """The recipes to try, and the sites where only one is."""
+    only = dict(site_and_recipe(entry, network, "--redo") for entry in options.redo)
+    if options.uniform is not None:
+        linear, table = uniform_recipes(parse_recipe(options.uniform), options.embeddings)
+        return Menu((linear,), (str(parse_recipe(table)),)), only
+    dtype = str(network.plain_dtype).removeprefix("torch.")
+    menu = make_menu(options.techniques, dtype)
+    for entry in options.fix:
+        site, recipe = site_and_recipe(entry, network, "--fix")
+        only.setdefault(site, recipe)
+    names = Sum("network", tuple(Leaf(s.name, ()) for s in network.tree.sites))
+    for pattern in options.keep:
+        matching(names, pattern)
+    return menu, only
+
+
+def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str]:
+    site, equals, recipe = entry.partition("=")
+    if not equals:
+        raise InputError(f"{option} is written SITE=RECIPE, not {entry!r}")
+    names = [s.name for s in network.tree.sites if s.searched]
+    if site not in names:
+        raise InputError(f"{option} names a site {site!r} that the network does not have{nearest(site, names)}")
+    return site, str(parse_recipe(recipe))
+
+
+def reachable(network: Network, menu: Menu, only: dict[str, str]) -> Range:
+    """Smallest and largest file that the menu can make, from shapes alone."""
+    fixed = header_fixed(METADATA)
+    for name in network.plain_parameters([s.name for s in network.tree.sites]):
+        shape = tuple(network.module.get_parameter(name).shape)
+        fixed += network.module.get_parameter(name).numel() * network.plain_dtype.itemsize
+        fixed += header_share(name, network.plain_dtype, shape, largest_file(network))
+    smallest = largest = fixed
+    for site in network.tree.sites:
+        recipes = recipes_for(site, menu, only, network)
+        sizes = [site_bytes(site, recipe, network) for recipe in recipes]
+        smallest, largest = smallest + min(sizes), largest + max(sizes)
+    return Range(fixed, smallest, largest)
+
+
+def recipes_for(site: Site, menu: Menu, only: dict[str, str], network: Network) -> tuple[str, ...]:
+    """Recipes that may end up at a site, as far as shapes tell (reach is found later, by the gradient)."""
+    if site.kind == "position":
+        return (plain_recipe(network),)
+    if site.name in only:
+        return (only[site.name],)
+    outside = site.block is None and site.kind == "linear"
+    return (*menu.of(site.kind, site.columns), UNREACHED) if outside else menu.of(site.kind, site.columns)
+
+
+def check_budget(budget: Budget, network: Network, reach: Range) -> None:
+    wanted = budget.bytes(network.tree.parameters, network.checkpoint.safetensors_bytes)
+    smallest, dense = reach.smallest, network.checkpoint.safetensors_bytes
+    if wanted < smallest:
+        raise InputError(
+            f"a budget of {budget} is {wanted} bytes, below the smallest file these techniques can make: {smallest} "
+            f"bytes ({8 * smallest / network.tree.parameters:.3f}bpw)"
+        )
+    if wanted > dense:
+        raise InputError(
+            f"a budget of {budget} is {wanted} bytes, above the network's own size of {dense} bytes; nothing to compress"
+        )
+
+
+def check_quality(quality: QualityLoss, loss: Loss, network: Network) -> None:
+    """The measure asked for must be one that this network has."""
+    if quality.measure == "perplexity" and not reads_windows(network, loss):
+        raise InputError(
+            f"--quality-loss {quality} is a rise of perplexity, which {network.architecture} does not have; "
+            f"write {loss.name}:0.01 instead"
+        )
+    if quality.measure in ("kl", "distance") and quality.measure != loss.name:
+        raise InputError(
+            f"--quality-loss {quality} does not fit {network.architecture}, whose loss is {loss.name}; "
+            f"write {loss.name}:0.01 instead"
+        )
+
+
+def check_out(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise InputError(f"{out} exists; choose another name or give --force to replace it")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "config.json").exists())):
+        raise InputError(f"{out} exists and does not look like a network; --force only replaces a checkpoint folder")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"the folder {out.absolute().parent} that is to hold {out.name} does not exist")
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"there is no device {device!r} on this machine; use cpu") from None
+
+
+def check_disk(prepared: Prepared, folder: Path) -> None:
+    """Refuse to begin when the work folder and the result will not fit on the disk."""
+    needed = disk_needed(prepared)
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(
+            f"the run needs about {needed / 1e6:.0f} MB of disk in {folder} and {free / 1e6:.0f} MB are free; "
+            f"free some or give --work on another disk"
+        )
+
+
+def disk_needed(prepared: Prepared) -> int:
+    """Bytes: block inputs, two boundaries of gradients, candidates, the artifact and its baseline."""
+    network = prepared.network
+    width, blocks = hidden_width(network), len(network.tree.blocks)
+    padded = sum(b.tokens.numel() for b in prepared.splits.all)
+    states = padded * width * 4 * (blocks + 1 + 2 * DRAWS)
+    return states + candidate_bytes(prepared) + 2 * prepared.range.largest
+
+
+def candidate_bytes(prepared: Prepared) -> int:
+    total = 0
+    for site in prepared.network.tree.sites:
+        for recipe in recipes_for(site, prepared.menu, prepared.only, prepared.network):
+            total += site_bytes(site, recipe, prepared.network)
+    return total
+
+
+def site_bytes(site: Site, recipe: str, network: Network) -> int:
+    return stored_bytes(site.name, layout_of(recipe, site.rows, site.columns), largest_file(network))
+
+
+def open_tokenizer(network: Network) -> Any:
+    import transformers
+
+    folder = network.checkpoint.directory
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception:  # transformers raises many kinds for a missing or broken tokenizer
+        raise InputError(
+            f"{folder} has no tokenizer that transformers can read; put tokenizer.json beside config.json"
+        ) from None
+    size = len(tokenizer)
+    rows = network.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if size > rows:
+        raise InputError(f"the tokenizer has {size} tokens, but the network's table only {rows} rows")
+    return tokenizer
+
+
+def longest(network: Network) -> int:
+    """The longest text the network's positions allow."""
+    config = network.module.config
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 1 << 20)  # type: ignore[arg-type]

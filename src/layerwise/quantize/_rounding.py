@@ -1,0 +1,161 @@
+"""Rounding with error feedback: the part that one-sided and two-sided rounding share.
+
+A weight ``W`` [m, n] gets codes entry by entry, last column first and in a column last row first. With
+``D = W' - W`` on the entries already rounded, and unit lower triangular factors of the two curvatures,
+
+    C = L_columns D_columns L_columns^T  (n x n),      R = L_rows D_rows L_rows^T  (m x m),
+
+the entry (i, j) is rounded at
+
+    t_ij = W_ij - sum_{l > j} D_il L_columns[l, j] - sum_{k > i} L_rows[k, i] c_kj,
+    c_kj = sum_{l >= j} D_kl L_columns[l, j].
+
+Then ``U = L_rows^T D L_columns`` holds just the rounding errors ``W'_ij - t_ij``, and
+``tr(R D C D^T) = sum_ij d_rows,i d_columns,j U_ij^2``: no error but each entry's own rounding is left in the objective.
+Without rows (``L_rows = I``) this is the feedback of GPTQ in its LDLQ form.
+
+One pass sees each entry once, before it is known how the later ones turn out. A *sweep* visits them again and gives
+each the code that is best while all others stay,
+
+    t_ij = W'_ij - (R D C)_ij / (R_ii C_jj),
+
+so that ``tr(R D C D^T)`` falls or stays with every step.
+
+Only tiles of ``block x block`` are rounded entry by entry (compiled, in ``encoding.loops``); what lies outside a tile
+is two matrix products. Sums are float64, so the size of a block changes a code only where a target lies within about
+1e-15 of a tie; weights and codes are float32 and uint8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.encoding.grid import FittedGrid, group_of, row_pieces
+from layerwise.errors import InputError
+
+BLOCK = 64
+log = logging.getLogger(__name__)
+
+
+def check_statistics(weight: Tensor, statistics: SiteStatistics) -> None:
+    """Refuse statistics of another shape, or not finite."""
+    sides = (("row", statistics.rows), ("column", statistics.columns))
+    for (name, side), size in zip(sides, weight.shape, strict=True):
+        if tuple(side.shape) not in ((size,), (size, size)):
+            raise InputError(f"the {name} statistics of a {list(weight.shape)} weight have shape {list(side.shape)}")
+        if not bool(torch.isfinite(side).all()):
+            raise InputError(f"the {name} statistics of a {list(weight.shape)} weight are not finite")
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One curvature, damped and factored, in the order of rounding (the last is rounded first).
+
+    order   int64 [n]; matrix [n, n] float64, over its mean diagonal; lower [n, n] float64, unit lower triangular;
+    pivots  float64 [n], so that matrix = lower diag(pivots) lower^T.
+    """
+
+    order: Tensor
+    matrix: Tensor
+    lower: Tensor
+    pivots: Tensor
+
+    def importance(self) -> Tensor:
+        """What an own rounding error of each column costs once the others have absorbed what they can: float32 [n]."""
+        return torch.empty(len(self.order)).index_copy_(0, self.order, self.pivots.float())
+
+
+def factor(side: Tensor, damp: float, *, largest_first: bool = False, reverse: bool = False) -> Side | None:
+    """``side + damp * mean(diag) I`` factored; its rows taken last to first, or as the flags say.
+
+    None where there is nothing to feed back: a side stored as its diagonal, or one without any curvature. Damping
+    rises tenfold until the factorisation succeeds, as it must for a singular side when ``damp`` is 0.
+    """
+    squares = diagonal(side)
+    mean = float(squares.double().clamp(min=0).mean())
+    if side.dim() == 1 or not mean > 0:
+        return None
+    order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
+    if reverse:
+        order = order.flip(0)
+    matrix = side[order][:, order].double() / mean
+    share, added = damp, 0.0
+    for _ in range(20):
+        matrix.diagonal().add_(share - added)
+        added = share
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if not int(failed) and bool(torch.isfinite(lower).all()):
+            root = lower.diagonal().clone()
+            return Side(order, matrix, lower.div_(root), root**2)
+        share = max(share * 10, 1e-8)
+        log.info("a curvature of %d columns is not positive: damping raised to %g", len(side), share)
+    return None
+
+
+def round_with_feedback(
+    weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None = None, *, sweeps: int = 0, block: int = BLOCK
+) -> Tensor:
+    """Codes [m, n] uint8 of ``weight`` [m, n] on a grid fitted beforehand, revised by ``sweeps``."""
+    groups = group_of(weight.shape[1], fitted.grid)[columns.order]
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    if rows is not None:
+        pieces = [rows.order]
+    else:  # rows that do not feed each other can be rounded in pieces, which bounds the float64 memory
+        pieces = [torch.arange(p.start, p.stop) for p in row_pieces(*weight.shape)]
+    for chosen in pieces:
+        part = weight[chosen].detach().float().T[columns.order].contiguous()  # [n, m]
+        steps, zeros = (t[chosen].T.contiguous() for t in (fitted.steps(), fitted.zeros()))  # [groups, m]
+        grid = (part.numpy(), steps.numpy(), zeros.numpy(), groups.numpy(), float(fitted.grid.top))
+        done, change = _round(grid, columns, rows, block)
+        for _ in range(sweeps):
+            _revise(grid, columns, rows, block, done, change)
+        codes[chosen[:, None], columns.order] = done.T
+    return codes
+
+
+def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Tensor, Tensor]:
+    """Codes and D = W' - W, both transposed [n, m], tile by tile."""
+    from layerwise.encoding.loops import round_columns, round_tile
+
+    shape = grid[0].shape
+    codes, change = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
+    for first, last in _blocks(shape[0], block):
+        carried = columns.lower[last:, first:last].T @ change[last:]  # [width, m]
+        absorbed = torch.empty_like(carried)
+        for top, bottom in _blocks(shape[1], block):
+            tile = (columns.lower.numpy(), first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
+            if rows is None:
+                round_columns(*grid, *tile)
+            else:
+                below = absorbed[:, bottom:] @ rows.lower[bottom:, top:bottom]  # [width, height]
+                round_tile(*grid, *tile, rows.lower.numpy(), below.numpy(), absorbed.numpy())
+    return codes, change
+
+
+def _revise(grid: Any, columns: Side, rows: Side | None, block: int, codes: Tensor, change: Tensor) -> None:
+    """One sweep over all entries; ``codes`` and ``change`` [n, m] are updated in place."""
+    from layerwise.encoding.loops import revise_columns, revise_tile
+
+    for first, last in _blocks(change.shape[0], block):
+        pull = columns.matrix[first:last] @ change  # [width, m]
+        own = columns.matrix[first:last, first:last].contiguous().numpy()
+        for top, bottom in _blocks(change.shape[1], block):
+            tile = (own, first, top, bottom - top, pull.numpy(), codes.numpy(), change.numpy())
+            if rows is None:
+                revise_columns(*grid, *tile)
+            else:
+                slope = pull @ rows.matrix[:, top:bottom]  # [width, height]
+                revise_tile(*grid, *tile, rows.matrix[top:bottom, top:bottom].contiguous().numpy(), slope.numpy())
+
+
+def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
+    """Bounds of each block, the last block first; blocks are cut from the start."""
+    for first in range((size - 1) // block * block, -1, -block):
+        yield first, min(first + block, size)

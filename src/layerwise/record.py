@@ -1,0 +1,268 @@
+"""The act *prove*, written down: evidence, report page and model card of a finished run."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise.apply import Applied
+from layerwise.calibrate.passes import Calibration
+from layerwise.calibrate.splits import tokens_in
+from layerwise.candidates import Candidates, all_damages
+from layerwise.engine.machine import versions
+from layerwise.engine.progress import Progress
+from layerwise.evaluate.compare import Measured
+from layerwise.evaluate.sentences import spearman
+from layerwise.evaluate.sites import measure_sites, single_site_changes
+from layerwise.network.streaming import Batch
+from layerwise.plan.candidates import recipe_bpw
+from layerwise.plan.pareto import front
+from layerwise.plan.tree import Allocation, Node, leaves
+from layerwise.prepare import Prepared
+from layerwise.uniform import Baseline
+
+FRONT_POINTS = 20
+SAMPLED_SITES = 12
+SAMPLED_TOKENS = 4096
+
+
+def make_evidence(
+    prepared: Prepared,
+    calibration: Calibration,
+    candidates: Candidates,
+    tree: Node,
+    allocation: Allocation,
+    applied: Applied,
+    baseline: Baseline | None,
+    measured: Mapping[str, Measured],
+    budget: int,
+    fingerprint: str,
+    command: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Everything that was measured, in the schema of ``report/evidence.py``."""
+    options, network, loss = prepared.options, prepared.network, prepared.loss
+    parameters = network.tree.parameters
+    dense_bytes = network.checkpoint.safetensors_bytes
+    asked = options.budget or options.quality_loss or options.uniform or options.plan or ""
+    rows = [row("dense", None, dense_bytes, None, parameters, measured["dense"], prepared)]
+    rows.append(row("plan", options.uniform, applied.bytes, applied.linear_bytes, parameters, measured["plan"], prepared))
+    if baseline is not None:
+        rows.append(
+            row("baseline", baseline.recipe, baseline.bytes, baseline.linear_bytes, parameters, measured["baseline"], prepared)
+        )
+    with progress.stage("sample sites", 1) as advance:
+        sampled = [] if options.uniform else sample(prepared, candidates)
+        advance()
+    return {
+        "format": "layerwise-evidence",
+        "version": 1,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "command": command or "layerwise.compress(...)",
+        "replan": replan_command(prepared),
+        "network": {
+            "name": network.name,
+            "class": network.architecture,
+            "parameters": parameters,
+            "blocks": len(network.tree.blocks),
+            "dense_bytes": dense_bytes,
+            "dense_dtype": dense_dtype(prepared),
+            "fingerprint": fingerprint,
+            "sentence_transformers": (network.checkpoint.directory / "modules.json").is_file(),
+        },
+        "data": data(prepared),
+        "budget": {"text": asked, "bytes": budget},
+        "loss": {"name": loss.name, "unit": loss.unit},
+        "rows": rows,
+        "predicted": {"damage": allocation.damage, "measured": measured["plan"].metrics[loss.name]},
+        "sites": site_rows(candidates, allocation, applied),
+        **(front_of(prepared, candidates, tree) if not options.uniform else {}),
+        "uniform": uniform_points(prepared, calibration, candidates, baseline, measured) if not options.uniform else [],
+        "sampled": sampled,
+        "checks": {"predicted size is the size on disk": True, "decoded weights finite": True},
+        "seed": options.seed,
+        "threads": options.threads,
+        "versions": versions(),
+        "machine": f"{platform.machine()} {platform.system()}, {options.threads} threads",
+    }
+
+
+def row(
+    name: str, recipe: str | None, size: int, linears: int | None, parameters: int, found: Measured, prepared: Prepared
+) -> dict[str, Any]:
+    quality: dict[str, Any] = {k: {"value": v} for k, v in found.metrics.items()}
+    evaluation = prepared.evaluation
+    if evaluation.index is not None and found.vectors is not None:
+        value, low, high = spearman(found.vectors, evaluation.index, evaluation.text.pairs, prepared.options.seed)
+        quality["stsb_spearman"] = {"value": value, "low": low, "high": high}
+    return {
+        "name": name,
+        "recipe": recipe,
+        "bytes": size,
+        "bpw": round(8 * size / parameters, 4),
+        "linear_bytes": linears,
+        "quality": quality,
+    }
+
+
+def data(prepared: Prepared) -> dict[str, Any]:
+    splits, evaluation = prepared.splits, prepared.evaluation
+    count = lambda batches: sum(len(b.tokens) for b in batches)  # noqa: E731
+    return {
+        "calibration": {
+            "source": prepared.calibration_text.source,
+            "sequences": count(splits.all),
+            "tokens": tokens_in(splits.all),
+            "fit": count(splits.fit),
+            "judge": count(splits.judge),
+            "steer": count(splits.steer),
+        },
+        "evaluation": {
+            "source": evaluation.text.source,
+            "sequences": count(evaluation.batches),
+            "tokens": tokens_in(evaluation.batches),
+            "same_source": evaluation.same_source,
+        },
+    }
+
+
+def dense_dtype(prepared: Prepared) -> str:
+    sizes: dict[str, int] = {}
+    for info in prepared.network.checkpoint.tensors.values():
+        name = str(info.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + info.nbytes
+    return max(sizes, key=lambda k: sizes[k])
+
+
+def site_rows(candidates: Candidates, allocation: Allocation, applied: Applied) -> list[dict[str, Any]]:
+    out = []
+    for name, found in candidates.sites.items():
+        site, chosen, planned = found.site, allocation.sites[name], applied.plan.sites[name]
+        note = "the loss does not depend on it" if not found.reached and site.kind == "linear" else ""
+        out.append(
+            {
+                "site": name,
+                "block": site.block,
+                "kind": "other" if site.kind == "position" else site.kind,
+                "rows": site.rows,
+                "columns": site.columns,
+                "recipe": chosen.recipe,
+                "bytes": chosen.bytes,
+                "bpw": round(recipe_bpw(chosen.recipe, site.rows, site.columns), 4),
+                "damage": chosen.damage,
+                "next_better": step(planned.next_better, chosen.bytes, chosen.damage),
+                "next_cheaper": step(planned.next_cheaper, chosen.bytes, chosen.damage),
+                "tokens": found.tokens,
+                "note": note,
+            }
+        )
+    return out
+
+
+def step(change: Any, size: int, damage: float) -> dict[str, Any] | None:
+    """A neighbour with its own bytes and damage instead of differences."""
+    if change is None:
+        return None
+    return {"recipe": change.recipe, "bytes": size + change.bytes, "damage": max(0.0, damage + change.damage)}
+
+
+def front_of(prepared: Prepared, candidates: Candidates, tree: Node) -> dict[str, Any]:
+    """Plans at ``FRONT_POINTS`` budgets from the smallest to the largest file, spaced evenly in ratio."""
+    low = sum(min(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
+    high = sum(max(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
+    fixed = prepared.range.fixed
+    ratio = ((high + fixed) / (low + fixed)) ** (1 / (FRONT_POINTS - 1))
+    budgets = [max(low, min(high, round((low + fixed) * ratio**i) - fixed)) for i in range(FRONT_POINTS)]
+    names = list(dict.fromkeys(c.recipe for leaf in leaves(tree) for c in leaf.candidates))
+    place = {name: i for i, name in enumerate(names)}
+    points = [
+        {
+            "budget": budget + fixed,
+            "bytes": found.bytes + fixed,
+            "damage": found.damage,
+            "recipes": [place[found.sites[name].recipe] for name in candidates.sites],
+            "site_bytes": [found.sites[name].bytes for name in candidates.sites],
+            "site_damage": [found.sites[name].damage for name in candidates.sites],
+        }
+        for budget, found in zip(budgets, front(tree, budgets), strict=True)
+    ]
+    typical = max(candidates.sites.values(), key=lambda s: s.site.parameters).site
+    return {
+        "front": points,
+        "recipe_names": names,
+        "recipe_bpw": {n: round(recipe_bpw(n, typical.rows, typical.columns), 4) for n in names},
+    }
+
+
+def uniform_points(
+    prepared: Prepared,
+    calibration: Calibration,
+    candidates: Candidates,
+    baseline: Baseline | None,
+    measured: Mapping[str, Measured],
+) -> list[dict[str, Any]]:
+    """Predicted damage of one recipe everywhere, for every recipe that all searched sites tried."""
+    damages = all_damages(calibration)
+    searched = [n for n, s in candidates.sites.items() if s.reached]
+    shared = set.intersection(*({c.recipe for c in damages[n]} for n in searched)) if searched else set()
+    fixed = prepared.range.fixed + sum(
+        s.candidates[0].bytes for s in candidates.sites.values() if not s.reached
+    )
+    out = []
+    for recipe in sorted(shared):
+        chosen = [next(c for c in damages[n] if c.recipe == recipe) for n in searched]
+        size, damage = fixed + sum(c.bytes for c in chosen), sum(c.damage for c in chosen)
+        out.append({"recipe": recipe, "bytes": size, "damage": damage, "measured": None})
+    if baseline is not None:
+        loss = measured["baseline"].metrics[prepared.loss.name]
+        out.append({"recipe": baseline.recipe, "bytes": baseline.bytes, "damage": loss, "measured": loss})
+    return out
+
+
+def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
+    """A dozen candidates measured alone on the steer split, beside what was predicted for them."""
+    kept = {
+        name: {c.recipe: c for c in found.candidates}
+        for name, found in candidates.sites.items()
+        if found.reached
+    }
+    pairs = single_site_changes(kept, SAMPLED_SITES)
+    changes = [(site, candidates.sites[site].fetch(recipe)) for site, recipe in pairs]
+    batches = first_tokens(prepared.splits.steer, SAMPLED_TOKENS)
+    found = measure_sites(prepared.network, changes, prepared.loss, batches, prepared.options.device)
+    return [
+        {"site": site, "recipe": recipe, "predicted": kept[site][recipe].damage, "measured": value}
+        for (site, recipe), value in zip(pairs, found, strict=True)
+    ]
+
+
+def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    out: list[Batch] = []
+    for batch in batches:
+        if out and tokens_in(out) >= tokens:
+            break
+        out.append(batch)
+    return out
+
+
+def replan_command(prepared: Prepared) -> str:
+    options = prepared.options
+    work = options.work or "WORK"
+    given = [f"--{k} {v}" for k, v in (("calibrate", options.calibrate), ("evaluate", options.evaluate)) if v != "default" and v]
+    hint = "" if options.work else "   (keep the work folder with --work WORK)"
+    return f"layerwise compress {options.model} OUT2 --budget SIZE --work {work} {' '.join(given)}".rstrip() + hint
+
+
+def write_reports(folder: Path, evidence: dict[str, Any]) -> None:
+    """``evidence.json``, ``report.html`` and the model card ``README.md``."""
+    from layerwise.report.card import render_card
+    from layerwise.report.evidence import check_evidence, write_evidence
+    from layerwise.report.page import render_page
+
+    check_evidence(evidence)
+    write_evidence(evidence, folder / "evidence.json")
+    (folder / "report.html").write_text(render_page(evidence), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(evidence), encoding="utf-8")

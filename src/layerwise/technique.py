@@ -1,0 +1,244 @@
+"""What a technique is: roles, typed options, recipes, and the registry that finds technique files by name.
+
+A technique is one published method: one class in one file of a family folder (``quantize/gptq.py``). The folder is
+its family, the role its base class, its registered name the file's stem, so that help and completion can list
+techniques without importing torch. Options are the class's annotated fields: typed, frozen and validated.
+
+    @technique(paper="GPTQ", needs={SECOND_MOMENT})
+    class Gptq(Encoder):
+        bits: int = option(4, minimum=2, maximum=8, help="bits per weight")
+
+        def encode(self, weight, statistics): ...
+
+A recipe chains techniques at one site: rewrites, then one encoder: ``awq+gptq:bits=4,group=64``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from layerwise.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerwise.calibrate.statistics import SiteStatistics
+    from layerwise.encoding.encoded import Encoded, Layout
+    from layerwise.network.folds import BlockScope
+    from layerwise.plan.tree import Allocation, Node
+
+FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan")
+
+# What a technique may ask to have measured at its site (``needs``).
+SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
+GRADIENT_MOMENT = "second moment of the gradients"  # G = E[g g^T]
+ABSOLUTE_MEAN = "absolute mean of the inputs"  # E|x|
+
+
+def option(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+    help: str = "",
+) -> Any:
+    """A technique's option: a dataclass field whose value is checked against a range or a set of choices."""
+    return dataclasses.field(
+        default=default, metadata={"minimum": minimum, "maximum": maximum, "choices": choices, "help": help}
+    )
+
+
+class Technique(ABC):
+    """Common ground of all roles: who it is, what it needs, and its options as a recipe writes them."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    paper: ClassVar[str]
+    needs: ClassVar[frozenset[str]]
+    role: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check_option(self.name, field, getattr(self, field.name))
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={_written(getattr(self, f.name))}"
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if getattr(self, f.name) != f.default or f.name in ("bits", "group")
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+
+class Encoder(Technique):
+    """Weight in, stored form out. Pure; ``decode(load(save(e))) == decode(e)`` bit for bit."""
+
+    role = "encoder"
+
+    @abstractmethod
+    def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
+        """Encode ``weight`` [rows, columns] float32. Raises ``InputError`` for a shape it refuses."""
+
+    @abstractmethod
+    def layout(self, rows: int, columns: int) -> Layout:
+        """Suffix -> (dtype, shape) of every tensor that ``encode`` will store for a weight of this shape.
+
+        Known before any work, so that sizes can be promised and budgets refused up front.
+        """
+
+
+class Rewrite(Technique):
+    """A block in, the same function out, with weights that are easier to encode."""
+
+    role = "rewrite"
+
+    @abstractmethod
+    def rewrite(self, scope: BlockScope) -> BlockScope:
+        """Return the rewritten scope; refuse by ``InputError`` a block where no exact rewrite exists."""
+
+
+class Allocator(Technique):
+    """Candidates and a budget in, one choice per site out."""
+
+    role = "allocator"
+
+    @abstractmethod
+    def allocate(self, tree: Node, budget: int) -> Allocation:
+        """Choose so that the bytes fit ``budget``; an infeasible budget names the smallest feasible one."""
+
+
+T = TypeVar("T", bound=type[Technique])
+
+
+def technique(*, paper: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[T], T]:
+    """Turn a class into a registered technique: a frozen dataclass named after its file."""
+
+    def register(cls: T) -> T:
+        package, _, stem = cls.__module__.rpartition(".")
+        cls.name, cls.family, cls.paper, cls.needs = stem, package.rpartition(".")[2], paper, frozenset(needs)
+        return dataclass(frozen=True)(cls)
+
+    return register
+
+
+# ---------------------------------------------------------------- registry
+
+
+@cache
+def technique_files() -> Mapping[str, str]:
+    """Technique name -> module, by listing the family folders; a file is a technique if it says ``@technique(``."""
+    root = Path(__file__).parent
+    found: dict[str, str] = {}
+    for family in FAMILIES:
+        for path in sorted((root / family).glob("*.py")):
+            if not path.stem.startswith("_") and "\n@technique(" in path.read_text(encoding="utf-8"):
+                found[path.stem] = f"layerwise.{family}.{path.stem}"
+    return found
+
+
+def names(role: type[Technique] | None = None) -> list[str]:
+    """Registered names, all or of one role (the latter imports the files)."""
+    return [n for n in technique_files() if role is None or issubclass(find(n), role)]
+
+
+def find(name: str) -> type[Technique]:
+    """The technique class of this name; hyphens may stand for underscores."""
+    files = technique_files()
+    name = name.strip().replace("-", "_")
+    if name not in files:
+        raise InputError(f"there is no technique named {name!r}{nearest(name, list(files))}")
+    module = importlib.import_module(files[name])
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, Technique) and value.__module__ == module.__name__:
+            return value
+    raise RuntimeError(f"{module.__name__} declares no technique class")
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Techniques chained at one site: any rewrites, then exactly one encoder."""
+
+    rewrites: tuple[Rewrite, ...]
+    encoder: Encoder
+
+    def __str__(self) -> str:
+        return "+".join(str(t) for t in (*self.rewrites, self.encoder))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(t.needs for t in (*self.rewrites, self.encoder)))
+
+
+def parse_technique(text: str) -> Technique:
+    """``gptq:bits=3,group=64`` -> a technique with these options."""
+    name, _, arguments = text.strip().partition(":")
+    cls = find(name)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    options: dict[str, Any] = {}
+    for part in filter(None, (p.strip() for p in arguments.split(","))):
+        key, equals, value = (s.strip() for s in part.partition("="))
+        if key not in fields:
+            raise InputError(f"{cls.name} has no option {key!r}{nearest(key, list(fields))}")
+        if not equals or not value:
+            raise InputError(f"option {key!r} of {cls.name} needs a value, written {key}=VALUE")
+        options[key] = _read(cls.name, fields[key], value)
+    return cls(**options)
+
+
+def parse_recipe(text: str) -> Recipe:
+    """``awq+gptq:bits=3,group=64`` -> a recipe; the order is rewrites first, then one encoder."""
+    parts = [parse_technique(part) for part in text.split("+") if part.strip()]
+    rewrites = tuple(p for p in parts if isinstance(p, Rewrite))
+    encoders = [p for p in parts if isinstance(p, Encoder)]
+    if len(encoders) != 1 or len(rewrites) + 1 != len(parts) or parts[-1] is not encoders[-1]:
+        raise InputError(
+            f"recipe {text!r} must be rewrites followed by exactly one encoder, such as gptq:bits=3,group=64 "
+            f"or awq+rtn:bits=4"
+        )
+    return Recipe(rewrites, encoders[0])
+
+
+# ---------------------------------------------------------------- option values
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:
+    kind = type(field.default)
+    try:
+        if kind is bool:
+            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
+        return kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
+        raise InputError(f"option {field.name!r} of {owner} must be {wanted}, not {text!r}") from None
+
+
+def _check_option(owner: str, field: dataclasses.Field[Any], value: Any) -> None:
+    limits = field.metadata
+    if isinstance(field.default, bool) != isinstance(value, bool) or (
+        not isinstance(value, type(field.default)) and not (isinstance(field.default, float) and isinstance(value, int))
+    ):
+        raise InputError(f"option {field.name!r} of {owner} must be {type(field.default).__name__}, not {value!r}")
+    if isinstance(value, float) and value != value:
+        raise InputError(f"option {field.name!r} of {owner} must be a number, not nan")
+    if limits.get("choices") is not None and value not in limits["choices"]:
+        listed = ", ".join(str(c) for c in limits["choices"])
+        raise InputError(f"option {field.name!r} of {owner} must be one of {listed}, not {value!r}")
+    low, high = limits.get("minimum"), limits.get("maximum")
+    if (low is not None and value < low) or (high is not None and value > high):
+        asked = f"at least {low}" if high is None else f"at most {high}" if low is None else f"from {low} to {high}"
+        raise InputError(f"option {field.name!r} of {owner} must be {asked}, not {value!r}")

@@ -1,0 +1,106 @@
+"""TWO-SIDED: the identity behind it, its limits, and what the output side is worth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.quantize.conftest import loss
+from tests.quantize.test_gptq import damped
+from torch import Tensor
+
+from layerwise.encoding.grid import Grid, fit_grid, group_of, points
+from layerwise.quantize._rounding import round_with_feedback, unit_lower
+from layerwise.technique import parse_technique
+
+
+def entry_by_entry(weight: Tensor, fitted: Any, lower_columns: Tensor, lower_rows: Tensor) -> Tensor:
+    """The card's step 4 as it is written, without blocks: codes."""
+    rows, columns = weight.shape
+    groups = group_of(columns, fitted.grid)
+    step, zero = fitted.steps().double()[:, groups], fitted.zeros().double()[:, groups]
+    change, sums = torch.zeros(rows, columns).double(), torch.zeros(rows, columns).double()
+    codes = torch.zeros(rows, columns, dtype=torch.uint8)
+    for j in reversed(range(columns)):
+        right = change[:, j + 1 :] @ lower_columns[j + 1 :, j]
+        for i in reversed(range(rows)):
+            target = weight[i, j].double() - right[i] - lower_rows[i + 1 :, i] @ sums[i + 1 :, j]
+            code = ((target / step[i, j]).round() + zero[i, j]).clamp(0, fitted.grid.top)
+            codes[i, j] = int(code)
+            change[i, j] = (code - zero[i, j]) * step[i, j] - weight[i, j].double()
+            sums[i, j] = change[i, j] + right[i]
+    return codes
+
+
+def test_blocks_give_the_codes_of_the_formula(weight: Tensor, moments: Any) -> None:
+    weight = weight[:20, :30]
+    columns, rows = unit_lower(moments(30)[0], 0.01), unit_lower(moments(20, 1)[0], 0.5)
+    assert columns is not None and rows is not None
+    fitted = fit_grid(weight, Grid(3, 16), clip=True)
+    expected = entry_by_entry(weight, fitted, columns, rows)
+    for block in (1, 7, 16, 64):
+        assert torch.equal(round_with_feedback(weight, fitted, columns, rows, block=block), expected)
+
+
+def test_only_each_entrys_own_rounding_error_is_left(weight: Tensor, moments: Any) -> None:
+    """tr(G D H D^T) = sum d_O d_I U^2 with U = L_O^T D L_I, and |U| <= s/2 where no code is cut off."""
+    moment, gradient = damped(moments(72)[0], 0.01), damped(moments(40, 1)[0], 0.5)
+    columns, rows = unit_lower(moment, 0.0), unit_lower(gradient, 0.0)
+    assert columns is not None and rows is not None
+    fitted = fit_grid(weight, Grid(6, 24))  # and widened, so that no target falls off it
+    fitted = type(fitted)(fitted.grid, 72, fitted.scale * 8, None, torch.full_like(fitted.scale, 32).to(torch.uint8))
+    codes = round_with_feedback(weight, fitted, columns, rows)
+    assert int(codes.min()) > 0 and int(codes.max()) < 63
+    change = points(codes, fitted).double() - weight.double()
+    left = rows.T @ change @ columns
+    assert bool((left.abs() <= fitted.steps().double()[:, group_of(72, fitted.grid)] / 2 * (1 + 1e-9)).all())
+    d_columns, d_rows = (torch.linalg.cholesky(side).diagonal() ** 2 for side in (moment, gradient))
+    own = float((left**2 * d_columns * d_rows[:, None]).sum())
+    assert loss(change, moment, gradient) == pytest.approx(own, rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_without_row_correlation_it_is_one_sided(bits: int, weight: Tensor, moments: Any, site: Any) -> None:
+    fit, _ = moments(72)
+    squares = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 0.1
+    encoder = parse_technique(f"two_sided:bits={bits},group=32")
+    codes = [encoder.encode(weight, site(rows, fit)).codes() for rows in (squares, torch.diag(squares), torch.ones(40))]
+    assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+    # one-sided rounding is GPTQ with the columns in the other order
+    flipped = parse_technique(f"gptq:bits={bits},group=8,act_order=false").encode(
+        weight.flip(1), site(torch.ones(40), fit.flip(0, 1))
+    )
+    encoder = parse_technique(f"two_sided:bits={bits},group=8")
+    assert torch.equal(encoder.encode(weight, site(squares, fit)).codes(), flipped.codes().flip(1))
+
+
+def test_without_any_correlation_it_is_rounding_to_nearest(weight: Tensor, moments: Any, site: Any) -> None:
+    squares, rows = torch.rand(72, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(40)
+    nearest = parse_technique("rtn:bits=3,group=32").encode(weight, site(rows, squares)).codes()
+    encoder = parse_technique("two_sided:bits=3,group=32")
+    for known in (site(rows, squares), site(torch.diag(rows), torch.diag(squares)), site(moments(40)[0], squares)):
+        assert torch.equal(encoder.encode(weight, known).codes(), nearest)
+
+
+def test_the_output_side_lowers_the_loss_on_other_tokens(weight: Tensor, moments: Any, site: Any) -> None:
+    """Ablation: the same technique with G's diagonal only, judged by the held-out tr(G D H D^T)."""
+    fit, held = moments(72)
+    gradient, held_gradient = moments(40, 1)
+    for bits in (2, 3, 4):
+        errors = []
+        for rows in (gradient, torch.diag(gradient.diagonal())):
+            encoded = parse_technique(f"two_sided:bits={bits},group=32").encode(weight, site(rows, fit))
+            errors.append(loss(encoded.decode() - weight, held, held_gradient))
+        assert errors[0] < 0.85 * errors[1]
+
+
+def test_threads_do_not_disturb_each_other(weight: Tensor, moments: Any, site: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    known = site(moments(40, 1)[0], moments(72)[0])
+    encoder = parse_technique("two_sided:bits=3,group=32")
+    expected = encoder.encode(weight, known).codes()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: encoder.encode(weight, known).codes(), range(12)))
+    assert all(torch.equal(codes, expected) for codes in results)

@@ -1,0 +1,67 @@
+"""What the guide shows must run: the example technique, the reader of the file format, and the links between pages."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerwise.calibrate.statistics import SiteStatistics
+from layerwise.encoding.encoded import layout_bytes
+from layerwise.technique import parse_technique
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    """[6, 172]: groups of 64, 64 and 44."""
+    return torch.randn(6, 172, generator=torch.Generator().manual_seed(3))
+
+
+def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = next(block for block in python_blocks(ROOT / "CONTRIBUTING.md") if "class Trimmed" in block)
+    module: Any = types.ModuleType("layerwise.quantize.trimmed")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(compile(source, "CONTRIBUTING.md", "exec"), module.__dict__)
+    technique = module.Trimmed(bits=3, group=64)
+    assert str(technique) == "trimmed:bits=3,group=64"
+    encoded = technique.encode(weight, SiteStatistics.uninformed(*weight.shape))
+    assert encoded.nbytes == layout_bytes(technique.layout(*weight.shape))
+    assert encoded.decode().shape == weight.shape
+    whole = module.Trimmed(bits=3, group=64, keep=1.0).encode(weight, SiteStatistics.uninformed(*weight.shape))
+    assert float((whole.decode() - weight).pow(2).mean()) < float(weight.pow(2).mean()) / 5
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [f"rtn:bits={bits},group=64" for bits in range(2, 9)]
+    + ["rtn:bits=3,group=0", "rtn:bits=4,group=32,symmetric=true", "rtn:bits=5,group=64,scale_bits=8"]
+    + ["hqq:bits=4,group=64"],
+)
+def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor, recipe: str) -> None:
+    page: dict[str, Any] = {}
+    source = next(block for block in python_blocks(ROOT / "docs" / "format.md") if "def decode" in block)
+    exec(compile(source, "docs/format.md", "exec"), page)
+    encoder: Any = parse_technique(recipe)
+    encoded = encoder.encode(weight, SiteStatistics.uninformed(*weight.shape))
+    stored = {suffix: tensor.numpy() for suffix, tensor in encoded.tensors().items()}
+    assert (page["decode"](encoded.spec(), stored) == encoded.decode().numpy()).all()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://", "#")):
+            assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
