@@ -10,7 +10,7 @@ from tests.quantize.conftest import loss
 from torch import Tensor
 
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of
-from layerwise.quantize._rounding import round_with_feedback, unit_lower
+from layerwise.quantize._rounding import factor, round_with_feedback
 from layerwise.technique import parse_technique
 
 
@@ -74,10 +74,11 @@ def test_without_correlation_it_is_rounding_to_nearest(options: str, weight: Ten
 @pytest.mark.parametrize("block", [1, 7, 32, 64, 500])
 def test_the_size_of_a_block_does_not_change_the_codes(block: int, weight: Tensor, moments: Any) -> None:
     fit, _ = moments(72)
-    fitted, lower = fit_grid(weight, Grid(3, 32)), unit_lower(fit, 0.01)
-    assert lower is not None
-    reference = round_with_feedback(weight, fitted, lower)
-    assert torch.equal(round_with_feedback(weight, fitted, lower, block=block), reference)
+    fitted, side = fit_grid(weight, Grid(3, 32)), factor(fit, 0.01, largest_first=True)
+    assert side is not None
+    for sweeps in (0, 2):
+        reference = round_with_feedback(weight, fitted, side, sweeps=sweeps)
+        assert torch.equal(round_with_feedback(weight, fitted, side, sweeps=sweeps, block=block), reference)
 
 
 def test_compensation_is_what_lowers_the_error_on_other_tokens(weight: Tensor, moments: Any, site: Any) -> None:
@@ -98,7 +99,18 @@ def test_a_fine_grid_returns_the_weight(weight: Tensor, moments: Any, site: Any)
 
 def test_damping_rises_until_a_singular_moment_factors() -> None:
     vector = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 1e8
-    lower = unit_lower(torch.outer(vector, vector), 0.0)
-    assert lower is not None and bool(torch.isfinite(lower).all())
-    assert bool((lower.diagonal() == 1).all()) and bool((lower.triu(1) == 0).all())
-    assert unit_lower(torch.zeros(4, 4), 0.01) is None
+    side = factor(torch.outer(vector, vector), 0.0)
+    assert side is not None and bool(torch.isfinite(side.lower).all())
+    assert bool((side.lower.diagonal() == 1).all()) and bool((side.lower.triu(1) == 0).all())
+    assert factor(torch.zeros(4, 4), 0.01) is None and factor(torch.ones(4), 0.01) is None
+
+
+def test_a_factored_side_multiplies_back(moments: Any) -> None:
+    fit, _ = moments(30)
+    side = factor(fit, 0.02, largest_first=True)
+    assert side is not None
+    product = side.lower * side.pivots @ side.lower.T
+    torch.testing.assert_close(product, side.matrix)
+    torch.testing.assert_close(product * fit.diagonal().double().mean(), damped(fit, 0.02)[side.order][:, side.order])
+    assert bool((fit.diagonal()[side.order].diff() >= 0).all())
+    torch.testing.assert_close(side.importance()[side.order], side.pivots.float())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from tests.quantize.test_gptq import damped
 from torch import Tensor
 
 from layerwise.encoding.grid import Grid, fit_grid, group_of, points
-from layerwise.quantize._rounding import round_with_feedback, unit_lower
+from layerwise.quantize._rounding import factor, round_with_feedback
 from layerwise.technique import parse_technique
 
 
@@ -35,10 +36,10 @@ def entry_by_entry(weight: Tensor, fitted: Any, lower_columns: Tensor, lower_row
 
 def test_blocks_give_the_codes_of_the_formula(weight: Tensor, moments: Any) -> None:
     weight = weight[:20, :30]
-    columns, rows = unit_lower(moments(30)[0], 0.01), unit_lower(moments(20, 1)[0], 0.5)
+    columns, rows = factor(moments(30)[0], 0.01), factor(moments(20, 1)[0], 0.5)
     assert columns is not None and rows is not None
     fitted = fit_grid(weight, Grid(3, 16), clip=True)
-    expected = entry_by_entry(weight, fitted, columns, rows)
+    expected = entry_by_entry(weight, fitted, columns.lower, rows.lower)
     for block in (1, 7, 16, 64):
         assert torch.equal(round_with_feedback(weight, fitted, columns, rows, block=block), expected)
 
@@ -46,14 +47,14 @@ def test_blocks_give_the_codes_of_the_formula(weight: Tensor, moments: Any) -> N
 def test_only_each_entrys_own_rounding_error_is_left(weight: Tensor, moments: Any) -> None:
     """tr(G D H D^T) = sum d_O d_I U^2 with U = L_O^T D L_I, and |U| <= s/2 where no code is cut off."""
     moment, gradient = damped(moments(72)[0], 0.01), damped(moments(40, 1)[0], 0.5)
-    columns, rows = unit_lower(moment, 0.0), unit_lower(gradient, 0.0)
+    columns, rows = factor(moment, 0.0), factor(gradient, 0.0)
     assert columns is not None and rows is not None
     fitted = fit_grid(weight, Grid(6, 24))  # and widened, so that no target falls off it
     fitted = type(fitted)(fitted.grid, 72, fitted.scale * 8, None, torch.full_like(fitted.scale, 32).to(torch.uint8))
     codes = round_with_feedback(weight, fitted, columns, rows)
     assert int(codes.min()) > 0 and int(codes.max()) < 63
     change = points(codes, fitted).double() - weight.double()
-    left = rows.T @ change @ columns
+    left = rows.lower.T @ change @ columns.lower
     assert bool((left.abs() <= fitted.steps().double()[:, group_of(72, fitted.grid)] / 2 * (1 + 1e-9)).all())
     d_columns, d_rows = (torch.linalg.cholesky(side).diagonal() ** 2 for side in (moment, gradient))
     own = float((left**2 * d_columns * d_rows[:, None]).sum())
@@ -67,20 +68,22 @@ def test_without_row_correlation_it_is_one_sided(bits: int, weight: Tensor, mome
     encoder = parse_technique(f"two_sided:bits={bits},group=32")
     codes = [encoder.encode(weight, site(rows, fit)).codes() for rows in (squares, torch.diag(squares), torch.ones(40))]
     assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
-    # one-sided rounding is GPTQ with the columns in the other order
-    flipped = parse_technique(f"gptq:bits={bits},group=8,act_order=false").encode(
-        weight.flip(1), site(torch.ones(40), fit.flip(0, 1))
-    )
-    encoder = parse_technique(f"two_sided:bits={bits},group=8")
-    assert torch.equal(encoder.encode(weight, site(squares, fit)).codes(), flipped.codes().flip(1))
+    # one pass over the columns alone is GPTQ
+    gptq = parse_technique(f"gptq:bits={bits},group=32,clip=false").encode(weight, site(squares, fit))
+    encoder = parse_technique(f"two_sided:bits={bits},group=32,clip=false,sweeps=0")
+    assert torch.equal(encoder.encode(weight, site(squares, fit)).codes(), gptq.codes())
 
 
 def test_without_any_correlation_it_is_rounding_to_nearest(weight: Tensor, moments: Any, site: Any) -> None:
     squares, rows = torch.rand(72, generator=torch.Generator().manual_seed(0)) + 0.1, torch.ones(40)
     nearest = parse_technique("rtn:bits=3,group=32").encode(weight, site(rows, squares)).codes()
     encoder = parse_technique("two_sided:bits=3,group=32")
-    for known in (site(rows, squares), site(torch.diag(rows), torch.diag(squares)), site(moments(40)[0], squares)):
+    for known in (site(rows, squares), site(moments(40)[0], squares)):
         assert torch.equal(encoder.encode(weight, known).codes(), nearest)
+    # whole matrices without correlation: damping flattens the importance of the clip search, hence no search
+    nearest = parse_technique("rtn:bits=3,group=32,clip=false").encode(weight, site(rows, squares)).codes()
+    encoder = parse_technique("two_sided:bits=3,group=32,clip=false")
+    assert torch.equal(encoder.encode(weight, site(torch.diag(rows), torch.diag(squares))).codes(), nearest)
 
 
 def test_the_output_side_lowers_the_loss_on_other_tokens(weight: Tensor, moments: Any, site: Any) -> None:
@@ -93,6 +96,47 @@ def test_the_output_side_lowers_the_loss_on_other_tokens(weight: Tensor, moments
             encoded = parse_technique(f"two_sided:bits={bits},group=32").encode(weight, site(rows, fit))
             errors.append(loss(encoded.decode() - weight, held, held_gradient))
         assert errors[0] < 0.85 * errors[1]
+
+
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_sweeps_only_lower_the_objective_until_no_single_code_can(
+    one_sided: bool, weight: Tensor, moments: Any
+) -> None:
+    columns, rows = factor(moments(72)[0], 0.01), None if one_sided else factor(moments(40, 1)[0], 0.5)
+    assert columns is not None
+    fitted = fit_grid(weight, Grid(2, 24), clip=True)
+
+    def objective(codes: Tensor) -> float:
+        change = points(codes, fitted).double() - weight.double()
+        chosen = torch.arange(40) if rows is None else rows.order
+        return loss(change[chosen][:, columns.order], columns.matrix, None if rows is None else rows.matrix)
+
+    found = [round_with_feedback(weight, fitted, columns, rows, sweeps=k) for k in (0, 1, 2, 3, 50)]
+    values = [objective(codes) for codes in found]
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(values))
+    assert values[2] < 0.95 * values[0]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):  # the last is a local minimum: another code in one place does not help
+        i, j, code = (int(torch.randint(0, top, (1,), generator=generator)) for top in (40, 72, 4))
+        other = found[-1].clone()
+        other[i, j] = code
+        assert objective(other) >= values[-1] * (1 - 1e-9)
+
+
+@pytest.mark.parametrize(("with_it", "without"), [("sweeps=2", "sweeps=0"), ("sweeps=0", "sweeps=0,ordered=false")])
+def test_sweeps_and_order_lower_the_loss_on_other_tokens(
+    with_it: str, without: str, weight: Tensor, moments: Any, site: Any
+) -> None:
+    """Ablations of what is ours, over three draws."""
+    total = [0.0, 0.0]
+    for seed in (0, 10, 20):
+        (fit, held), (gradient, held_gradient) = moments(72, seed), moments(40, seed + 1)
+        shuffled = torch.randperm(72, generator=torch.Generator().manual_seed(seed))
+        fit, held = fit[shuffled][:, shuffled], held[shuffled][:, shuffled]
+        for k, options in enumerate((with_it, without)):
+            encoded = parse_technique(f"two_sided:bits=2,group=24,{options}").encode(weight, site(gradient, fit))
+            total[k] += loss(encoded.decode() - weight, held, held_gradient)
+    assert total[0] < 0.97 * total[1]
 
 
 def test_threads_do_not_disturb_each_other(weight: Tensor, moments: Any, site: Any) -> None:

@@ -142,6 +142,8 @@ def fit_grid(weight: Tensor, grid: Grid, *, clip: bool = False, importance: Tens
     more than the few largest weights. Raises ``InputError`` for a weight that is not finite or too large for fp16.
     """
     check_weight(weight)
+    if clip and grid.float_zero:
+        raise ValueError("the clip search knows whole zeros only; a float zero is fitted by its technique")
     if importance is not None:
         importance = _relative(importance, weight.shape[1])
     parts = [_fit_rows(weight[rows].float(), grid, clip, importance) for rows in row_pieces(*weight.shape)]

@@ -22,8 +22,9 @@ each the code that is best while all others stay,
 so that ``tr(R D C D^T)`` falls or stays with every step.
 
 Only tiles of ``block x block`` are rounded entry by entry (compiled, in ``encoding.loops``); what lies outside a tile
-is two matrix products. Sums are float64, so the size of a block changes a code only where a target lies within about
-1e-15 of a tie; weights and codes are float32 and uint8.
+is two matrix products. Sums are float64, so the size of a block changes a code of the first pass only where a target
+lies within about 1e-15 of a tie; weights and codes are float32 and uint8. A sweep over both sides goes tile by tile,
+every entry acting on every other, so there the size of a tile is part of the definition: it is ``BLOCK``.
 """
 
 from __future__ import annotations

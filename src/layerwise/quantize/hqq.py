@@ -14,7 +14,9 @@ Source: H. Badri and A. Shaji, "Half-Quadratic Quantization of Large Machine Lea
 code. Choices of ours: zero is forced into each group's range, as in every grid here (their range need not hold it); s
 is rounded to fp16 before anything is fitted and z before it is judged; of all z tried, each group keeps the one with
 the least mean ``|W - W'|`` (theirs stops the whole matrix by one global mean), so no group ends worse than it began.
-The shrinkage is not scale invariant, in the paper as here: weights are taken in their own unit.
+The shrinkage is not scale invariant, in the paper as here: weights are taken in their own unit. Measured on weights of
+ordinary size (0.05, and a causal LM of 5 M parameters; p 0.7, beta 10) its threshold lies above every error, so that
+nothing is set aside and the gain, 4 to 7 % of mean ``|W - W'|``, is that of the least squares zero.
 """
 
 from __future__ import annotations

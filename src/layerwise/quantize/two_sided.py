@@ -5,13 +5,21 @@
 g is the gradient of the network's own loss at the output of the linear: to second order this trace is the rise of
 that loss, where GPTQ's ``tr(D H D^T)`` takes every output to matter alike and alone. With unit lower triangular
 ``H = L_I D_I L_I^T`` and ``G = L_O D_O L_O^T`` (damped), entries are taken last column first, in it last row first,
-each rounded at its weight less what has already gone wrong to its right (through L_I) and below it (through L_O). The
-formula, and why nothing but each entry's own rounding error remains, are in ``quantize._rounding``. O(m n^2 + m^2 n).
+each rounded at its weight less what has already gone wrong to its right (through L_I) and below it (through L_O).
+Then ``sweeps`` visit every entry again and give it the code that is best while all others stay. The formulas, and why
+nothing but each entry's own rounding error remains, are in ``quantize._rounding``. O(m n^2 + m^2 n) a pass.
 
-Source: A. Tseng, Z. Sun, C. De Sa, "Model-Preserving Adaptive Rounding", arXiv 2505.22988, which leaves open what we
-chose: the order of the entries, the dampings (G is measured from few samples, so it is damped far more than H), static
-grids, clip-searched with ``diag H``. A site whose rows keep only their diagonal is rounded one-sided, which is what
-the formula gives there; one whose columns keep only theirs (over 16 thousand inputs) is rounded to nearest.
+Source: A. Tseng, Z. Sun, C. De Sa, "Model-Preserving Adaptive Rounding", arXiv 2505.22988. Choices of ours:
+- dampings: G is measured from few samples, so it is damped far more than H;
+- order: columns and rows of the largest curvature are rounded first, while most others can still absorb them;
+- static grids, clip-searched with ``diag D_I``: what an own error of a column costs once the others have absorbed it;
+- the sweeps, which the source does not have.
+On a causal LM of 5 M parameters, groups of 64, held-out KL to the dense network at 4 / 3 / 2 bits: natural order and
+search by ``diag H`` 0.0028 / 0.0128 / 0.088; with ``diag D_I`` 0.0027 / 0.0122 / 0.088; largest first 0.0026 / 0.0117
+/ 0.084; two sweeps 0.0024 / 0.0110 / 0.073; six sweeps 0.0024 / 0.0108 / 0.071 (GPTQ 0.0035 / 0.0158 / 0.104).
+
+A site whose rows keep only their diagonal is rounded one-sided, which is what the formula gives there; one whose
+columns keep only theirs (over 16 thousand inputs) is rounded to nearest.
 """
 
 from __future__ import annotations
