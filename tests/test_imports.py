@@ -36,6 +36,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "export": frozenset({"network", "encoding", "plan"}),
     "papers": frozenset({"technique"}),
     "compress": EVERYTHING,
+    "acts": EVERYTHING,
     "cli": EVERYTHING,
     "__init__": EVERYTHING,
     "__main__": EVERYTHING,
@@ -49,7 +50,9 @@ WIDENED: dict[str, frozenset[str]] = {
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
 VALUES = {"layerwise.calibrate.statistics"}
-WHO_MAY_COMPOSE = {"compress", "cli", "__init__", "__main__"}
+# The two compositions: the whole job, and the acts one by one for the library. Only the outside knows them.
+COMPOSITIONS = {"compress", "acts"}
+WHO_MAY_COMPOSE = {*COMPOSITIONS, "cli", "__init__", "__main__"}
 
 # What the verbs may use besides the project and the standard library: parse, call, print.
 CLI_LIBRARIES = {"typer", "click", "rich"}
@@ -123,7 +126,7 @@ def technique_stems() -> dict[str, Path]:
 
 
 def may_import(owner: str) -> frozenset[str]:
-    """An act that has a top-level file of its own, such as ``candidates.py``, may use every folder."""
+    """An act that has a top-level file of its own, such as ``candidates.py``, may use every folder and other acts."""
     if owner not in ALLOWED and (PACKAGE / f"{owner}.py").is_file():
         return EVERYTHING
     return ALLOWED[owner] | WIDENED.get(owner, frozenset())
@@ -160,8 +163,31 @@ def test_files_of_values_import_nothing_of_the_project() -> None:
 
 
 def test_only_the_composition_knows_the_composition() -> None:
-    broken = [str(f) for f in INSIDE if f.area in {"", "compress", "cli"} and f.owner not in WHO_MAY_COMPOSE]
+    composed = {"", "cli", *COMPOSITIONS}
+    broken = [str(f) for f in INSIDE if f.area in composed and f.owner not in WHO_MAY_COMPOSE]
     assert not broken, "\n".join(broken)
+
+
+def test_folders_do_not_know_the_acts() -> None:
+    """What lies in a folder is called by the acts' own files and never calls them back."""
+    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "loss", "__init__"}
+    folders = {p.relative_to(PACKAGE).parts[0] for p in sources() if p.parent != PACKAGE} - {"cli"}
+    # Acts and folders may share a name (plan, calibrate); a folder that imports itself is no act.
+    broken = [str(f) for f in INSIDE if f.owner in folders and f.area in acts and f.area != f.owner]
+    assert not broken, "\n".join(broken)
+
+
+def test_the_acts_have_an_order() -> None:
+    """Top-level files may use one another, but never in a circle: data flows left to right once."""
+    top = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    uses = {name: {f.area for f in INSIDE if f.owner == name and f.area in top and not f.types_only} for name in top}
+    graphlib.TopologicalSorter({name: found - {name} for name, found in uses.items()}).prepare()
+
+
+def test_the_machine_file_is_a_leaf() -> None:
+    """Versions and memory are asked for from everywhere, so the file that knows them imports nothing heavy."""
+    path = PACKAGE / "engine" / "machine.py"
+    assert not [str(f) for f in ALL if f.path == path and f.target.split(".")[0] in {"layerwise", *NUMERIC}]
 
 
 def test_a_technique_never_imports_another_technique() -> None:

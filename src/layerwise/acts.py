@@ -24,13 +24,14 @@ from layerwise.apply import write_network
 from layerwise.calibrate.passes import Calibration, forward
 from layerwise.calibrate.splits import make_splits
 from layerwise.calibrate.text import DEFAULT, read_text
-from layerwise.candidates import Candidates, fetches, find_candidates
+from layerwise.candidates import find_candidates
 from layerwise.compress import Result
 from layerwise.compress import compress as run
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact
+from layerwise.kept import Candidates, overlay
 from layerwise.loss import loss_of
 from layerwise.network.artifact import staged
 from layerwise.network.network import Network, open_network
@@ -40,7 +41,7 @@ from layerwise.plan.constraints import constrain
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation
-from layerwise.prepare import Options, longest, open_tokenizer, reachable, reads_windows
+from layerwise.prepare import Options, longest, open_tokenizer, reachable
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def calibrate(
         torch.set_num_threads(threads)
     loss = loss_of(network.architecture, network.checkpoint.directory, pooling)
     splits = make_splits(
-        read_text(text, text_column), open_tokenizer(network), reads_windows(network, loss), sequences,
+        read_text(text, text_column), open_tokenizer(network), loss.causal, sequences,
         min(length, longest(network)), seed,
     )  # fmt: skip
     folder = Path(work) if work is not None else Path(tempfile.mkdtemp(prefix="layerwise-")) / "work"
@@ -106,7 +107,7 @@ def plan(found: Candidates, budget: str, *, keep: Sequence[str] = (), fix: Seque
 def apply(found: Candidates, allocation: Allocation) -> Compressed:
     """The network that a plan describes; nothing is decoded before it is read."""
     recipes = {name: c.recipe for name, c in allocation.sites.items()}
-    return Compressed(found, allocation, Overlay(found.network, fetches(found, recipes)))
+    return Compressed(found, allocation, overlay(found, recipes))
 
 
 def save(compressed: Compressed, out: str | Path, *, force: bool = False) -> int:
@@ -116,10 +117,18 @@ def save(compressed: Compressed, out: str | Path, *, force: bool = False) -> int
         return write_network(compressed.candidates.network, compressed.candidates, recipes, folder)
 
 
-def evaluate(artifact: str | Path, *, dense: str | Path, text: str, **options: Any) -> ArtifactQuality:
-    """Measure a saved artifact against the dense network on held-out text."""
+def evaluate(
+    artifact: str | Path, *, dense: str | Path, text: str, length: int = 256, **options: Any
+) -> ArtifactQuality:
+    """Measure a saved artifact against the dense network on held-out text.
+
+    ``options`` are those of ``evaluate_artifact``: ``pooling``, ``sequences``, ``seed``.
+    """
     network = open_network(dense)
-    return evaluate_artifact(str(artifact), str(dense), read_text(text), open_tokenizer(network), **options)
+    length = min(length, longest(network))
+    return evaluate_artifact(
+        str(artifact), str(dense), read_text(text), open_tokenizer(network), length=length, **options
+    )
 
 
 def compress(

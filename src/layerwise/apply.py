@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from layerwise.candidates import Candidates, fetches
 from layerwise.encoding.encoded import Encoded, layout_bytes
+from layerwise.kept import Candidates, fetches
 from layerwise.network.artifact import artifact_layout, write_artifact
 from layerwise.network.checkpoint import to_plain
 from layerwise.network.network import Network
@@ -69,7 +69,7 @@ def plan_of(prepared: Prepared, allocation: Allocation, tree: Node, budget: int,
 
 def write_network(network: Network, candidates: Candidates, recipes: dict[str, str], folder: Path) -> int:
     """Weights, config and companions; one site in memory at a time. Returns the bytes of all safetensors."""
-    stored = fetches(candidates, recipes)
+    stored, changed = fetches(candidates, recipes), candidates.plain(recipes)
     plain = network.plain_parameters(recipes)
     layout = artifact_layout(
         {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()},
@@ -83,7 +83,8 @@ def write_network(network: Network, candidates: Candidates, recipes: dict[str, s
 
     def dense() -> Iterator[tuple[str, Tensor]]:
         for name in plain:
-            yield name, to_plain(network.read(name), network.plain_dtype, name)
+            value = changed[name] if name in changed else network.read(name)
+            yield name, to_plain(value, network.plain_dtype, name)
 
     return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network))
 

@@ -6,70 +6,39 @@ among them in seconds, for any budget, without touching the network again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from layerwise.calibrate.inputs import input_parts
-from layerwise.calibrate.passes import Calibration, Part, reverse
+from layerwise.calibrate.kept import save_statistics
+from layerwise.calibrate.passes import Calibration, Fitted, Part, reverse
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
-from layerwise.encoding.forms import restore_form
 from layerwise.engine.progress import Progress
 from layerwise.engine.workers import each
+from layerwise.errors import InputError
+from layerwise.kept import Candidates, encodings_file, encodings_folder, read_candidates, statistics_file
 from layerwise.network.network import Network
-from layerwise.network.safetensors_file import header_share, read, read_header, write
+from layerwise.network.safetensors_file import header_share, write
 from layerwise.network.sites import Site
 from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated
-from layerwise.plan.menu import UNREACHED, Menu, fitted
-from layerwise.plan.tree import Candidate, Leaf, Node, Sum
+from layerwise.plan.constraints import is_dense
+from layerwise.plan.menu import UNREACHED, Menu
+from layerwise.plan.tree import Candidate
+from layerwise.rewriting import (
+    AS_IS,
+    Alternative,
+    Rewriter,
+    chain_of,
+    chained,
+    chains,
+    encoder_of,
+    keep_alternative,
+)
 from layerwise.technique import parse_recipe
-
-
-@dataclass(frozen=True)
-class SiteCandidates:
-    """What the journal knows of a site: its kept candidates with the specs of their encodings, and its coverage."""
-
-    site: Site
-    candidates: tuple[Candidate, ...]
-    specs: tuple[dict[str, Any], ...]
-    file: Path
-    tokens: int
-    reached: bool
-
-    def fetch(self, recipe: str) -> Encoded:
-        """Read the stored form of one candidate from the work folder."""
-        index = [c.recipe for c in self.candidates].index(recipe)
-        mine = {k: i for k, i in read_header(self.file)[0].items() if k.startswith(f"{index}/")}
-        tensors = {k.partition("/")[2].removeprefix("weight"): read(i) for k, i in mine.items()}
-        return restore_form(self.specs[index], tensors)
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Every site's candidates, in the order of the site tree."""
-
-    network: Network
-    sites: dict[str, SiteCandidates]
-
-    def tree(self) -> Node:
-        """The site tree for the solver: blocks are sums of their linears, everything else hangs off the network."""
-        children: list[Node] = []
-        by_block: dict[str, list[Leaf]] = {}
-        for name, found in self.sites.items():
-            leaf = Leaf(name, found.candidates)
-            if found.site.block is None:
-                children.append(leaf)
-            else:
-                if found.site.block not in by_block:
-                    by_block[found.site.block] = []
-                by_block[found.site.block].append(leaf)
-        children += [Sum(block, tuple(leaves)) for block, leaves in by_block.items()]
-        return Sum("network", tuple(children))
 
 
 def find_candidates(
@@ -80,30 +49,83 @@ def find_candidates(
     stage: str = "candidates",
     only: Mapping[str, str] | None = None,
     parts: Callable[[Calibration, set[str]], Iterable[Part]] = reverse,
+    sequential: bool = False,
 ) -> Candidates:
     """Run the reverse pass, or what is left of it, and encode every candidate.
 
-    stage: name of the journal's units.
-    only:  site -> the one recipe to encode there (``--redo``, ``--fix``).
-    parts: where statistics come from: ``reverse``, ``reverse_uniform`` or, without gradients, ``input_parts``.
+    stage:      name of the journal's units.
+    only:       site -> the one recipe to encode there (``--redo``, ``--fix``).
+    parts:      where statistics come from: ``reverse``, ``reverse_uniform`` or, without gradients, ``input_parts``.
+    sequential: keep what encoders see at every site, for ``layerwise.sequential``.
+
+    Raises ``InputError`` for a rewrite that no block of the network has a place for.
     """
-    network, journal = calibration.network, calibration.journal
-    finished = {u for u in calibration.units() if journal.has(f"{stage}/{u}")}
+    network, journal, only = calibration.network, calibration.journal, only or {}
+    needed = ("", "/statistics") if sequential else ("",)
+    finished = {u for u in calibration.units() if all(journal.has(f"{stage}/{u}{n}") for n in needed)}
     folder = encodings_folder(calibration, stage)
     folder.mkdir(exist_ok=True)
-    with progress.stage("reverse pass and encoding" if parts is not input_parts else "baseline", len(calibration.units())) as advance:
+    rewriter, asked = Rewriter(calibration), chains([*menu.linear, *only.values()])
+    if asked and not finished:
+        rewriter.refuse_impossible(asked)
+    title = "reverse pass and encoding" if parts is not input_parts else "baseline"
+    with progress.stage(title, len(calibration.units())) as advance:
         for _ in finished:
             advance()
         for part in parts(calibration, finished):
-            recipes = {s.name: recipes_at(s, menu, part.unreached, only or {}, network) for s in sites_of(network, part)}
-            journal.record(f"{stage}/{part.unit}", encode_part(network, part, recipes, folder, workers))
+            alternatives, refused = alternatives_of(network, part, rewriter, menu, only)
+            entry: dict[str, Any] = {}
+            for label, alternative in alternatives:
+                recipes = {
+                    s.name: recipes_at(s, label, menu, part.unreached, only, network, len(alternatives) == 1)
+                    for s in sites_of(network, part)
+                }
+                if alternative is not None:
+                    keep_alternative(folder, part.unit, alternative, sequential)
+                encode_alternative(network, part, alternative, recipes, folder, workers, entry)
+                if sequential:
+                    for name, fitted in (alternative or part).sites.items():
+                        save_statistics(statistics_file(folder, name, label), fitted.fit)
+            journal.record(f"{stage}/{part.unit}/refused", refused)
+            if sequential:
+                journal.record(f"{stage}/{part.unit}/statistics", None)
+            journal.record(f"{stage}/{part.unit}", entry)
             advance()
-    return read_candidates(calibration, stage)
+    found = read_candidates(calibration, stage)
+    refuse_useless(found, chains(menu.linear))
+    return found
 
 
-def encodings_folder(calibration: Calibration, stage: str) -> Path:
-    """Where a stage keeps its encodings."""
-    return calibration.folder / re.sub(r"[^A-Za-z0-9_=-]+", "-", stage)
+def alternatives_of(
+    network: Network, part: Part, rewriter: Rewriter, menu: Menu, only: Mapping[str, str]
+) -> tuple[list[tuple[str, Alternative | None]], dict[str, str]]:
+    """(the alternatives of a unit by label, None for "as is"; the refusals of the others)."""
+    if part.unit not in network.tree.blocks:
+        return [(AS_IS, None)], {}
+    fixed = [only[s.name] for s in sites_of(network, part) if s.name in only]
+    accepted: list[tuple[str, Alternative | None]] = []
+    refused: dict[str, str] = {}
+    for label in chains([*menu.linear, *fixed]):
+        try:
+            accepted.append((label, rewriter.alternative(part, label)))
+        except InputError as reason:
+            if label in chains(fixed):
+                raise
+            refused[label] = str(reason)
+    # A uniform recipe with a rewrite leaves a block as it is only where the rewrite is refused.
+    as_is = not accepted or all(
+        recipes_at(s, AS_IS, menu, part.unreached, only, network, False) for s in sites_of(network, part)
+    )
+    return ([(AS_IS, None)] if as_is else []) + accepted, refused
+
+
+def refuse_useless(found: Candidates, asked: Iterable[str]) -> None:
+    """Raise a rewrite's refusal if every block refused it."""
+    blocks = found.network.tree.blocks
+    for label in asked:
+        refusals = [found.refused.get(block, {}).get(label) for block in blocks]
+        if blocks and all(refusals):
+            raise InputError(str(refusals[0]))
 
 
 def sites_of(network: Network, part: Part) -> list[Site]:
@@ -114,16 +136,39 @@ def sites_of(network: Network, part: Part) -> list[Site]:
 
 
 def recipes_at(
-    site: Site, menu: Menu, unreached: frozenset[str], only: Mapping[str, str], network: Network
+    site: Site,
+    label: str,
+    menu: Menu,
+    unreached: frozenset[str],
+    only: Mapping[str, str],
+    network: Network,
+    no_other: bool,
 ) -> tuple[str, ...]:
-    """The recipes tried at a site."""
+    """The recipes tried at a site under one alternative of its block; none where it cannot take part in it.
+
+    no_other: the block has no other alternative, so what was asked after a rewrite is tried without it.
+    """
     if site.kind == "position":
         return (plain_recipe(network),)
     if site.name in only:
-        return (only[site.name],)
+        wanted = only[site.name]
+        if chain_of(wanted) == label:
+            return (wanted,)
+        return (chained(label, wanted),) if chain_of(wanted) == AS_IS else ()
     if site.name in unreached:
-        return (str(parse_recipe(UNREACHED)),)
-    return menu.of(site.kind, site.columns)
+        return (chained(label, UNREACHED),)
+    offered = menu.of(site.kind, site.columns)
+    if site.block is None:
+        return distinct(map(encoder_of, offered))
+    mine = tuple(r for r in offered if chain_of(r) == label)
+    plain = tuple(r for r in offered if is_dense(r))
+    if label != AS_IS:
+        return distinct([*mine, *(chained(label, encoder_of(r)) for r in plain)])
+    return distinct(map(encoder_of, offered)) if no_other and mine == plain else mine
+
+
+def distinct(items: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(items))
 
 
 def plain_recipe(network: Network) -> str:
@@ -132,26 +177,37 @@ def plain_recipe(network: Network) -> str:
     return str(parse_recipe(f"dense:dtype={dtype}" if dtype != "float16" else "dense"))
 
 
-def encode_part(
-    network: Network, part: Part, recipes: Mapping[str, Sequence[str]], folder: Path, workers: int
-) -> dict[str, Any]:
-    """Encode a unit's sites, ``workers`` at a time; returns the journal's entry."""
+def encode_alternative(
+    network: Network,
+    part: Part,
+    alternative: Alternative | None,
+    recipes: Mapping[str, Sequence[str]],
+    folder: Path,
+    workers: int,
+    entry: dict[str, Any],
+) -> None:
+    """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry."""
     sites = {s.name: s for s in sites_of(network, part)}
-    weights = {name: network.read_site(site) for name, site in sites.items()}
+    weights = alternative.weights if alternative else {name: network.read_site(site) for name, site in sites.items()}
+    measured = alternative.sites if alternative else part.sites
     tasks = [(name, recipe) for name in sites for recipe in recipes[name]]
 
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
-        fit, judge = statistics_at(part, sites[name])
+        fit, judge = statistics_at(measured, sites[name])
         return encode_candidate(name, weights[name], recipe, fit, judge)
 
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
-    entry: dict[str, Any] = {}
+    label = alternative.label if alternative else AS_IS
     for (name, _), encoding in zip(tasks, each(work, tasks, workers), strict=True):
         found[name].append(encoding)
         if len(found[name]) == len(recipes[name]):
-            entry[name] = keep(sites[name], found.pop(name), part, folder, largest_file(network))
-    return entry
+            kept = keep(sites[name], found.pop(name), part, encodings_file(folder, name, label), largest_file(network))
+            if name in entry:
+                entry[name]["candidates"] += kept["candidates"]
+                entry[name]["dominated"] += kept["dominated"]
+            else:
+                entry[name] = kept
 
 
 def largest_file(network: Network) -> int:
@@ -159,25 +215,25 @@ def largest_file(network: Network) -> int:
     return 10 ** len(str(4 * network.tree.parameters))
 
 
-def statistics_at(part: Part, site: Site) -> tuple[SiteStatistics, SiteStatistics]:
-    if site.name in part.sites:
-        return part.sites[site.name].fit, part.sites[site.name].judge
+def statistics_at(measured: Mapping[str, Fitted], site: Site) -> tuple[SiteStatistics, SiteStatistics]:
+    if site.name in measured:
+        return measured[site.name].fit, measured[site.name].judge
     nothing_known = SiteStatistics.uninformed(site.rows, site.columns)
     return nothing_known, nothing_known
 
 
-def keep(site: Site, encodings: list[Encoding], part: Part, folder: Path, below: int) -> dict[str, Any]:
-    """Write the encodings that may enter a plan; returns the site's share of the journal's entry."""
+def keep(site: Site, encodings: list[Encoding], part: Part, file: Path, below: int) -> dict[str, Any]:
+    """Write the encodings that may enter a plan to ``file``; returns the site's share of the journal's entry."""
     reached = site.name in part.sites
     all_found = [
-        Candidate(e.recipe, stored_bytes(site.name, layout(e.encoded), below), e.damage if reached else 0.0) for e in encodings
+        Candidate(e.recipe, stored_bytes(site.name, layout(e.encoded), below), e.damage if reached else 0.0)
+        for e in encodings
     ]
     kept = non_dominated(all_found)
     tensors: dict[str, Tensor] = {}
     for place, index in enumerate(kept):
         for suffix, tensor in encodings[index].encoded.tensors().items():
             tensors[f"{place}/weight{suffix}"] = tensor
-    file = folder / f"{site.name}.safetensors"
     write(file, {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}, tensors.__getitem__)
     return {
         "reached": reached,
@@ -187,9 +243,10 @@ def keep(site: Site, encodings: list[Encoding], part: Part, folder: Path, below:
                 "recipe": all_found[i].recipe,
                 "bytes": all_found[i].bytes,
                 "damage": all_found[i].damage,
+                "place": place,
                 "spec": encodings[i].encoded.spec(),
             }
-            for i in kept
+            for place, i in enumerate(kept)
         ],
         "dominated": [{"recipe": c.recipe, "bytes": c.bytes, "damage": c.damage} for c in all_found],
     }
@@ -203,56 +260,3 @@ def stored_bytes(site: str, form: Layout, below: int) -> int:
     """Bytes a site adds to a file of fewer than ``below`` bytes: its tensors and their share of the header."""
     shares = sum(header_share(f"{site}.weight{suffix}", *entry, below) for suffix, entry in form.items())
     return layout_bytes(form) + shares
-
-
-def read_candidates(calibration: Calibration, stage: str = "candidates") -> Candidates:
-    """All finished units of the journal, as candidates in the order of the site tree."""
-    entries: dict[str, Any] = {}
-    for unit in calibration.units():
-        entries.update(calibration.journal[f"{stage}/{unit}"])
-    folder = encodings_folder(calibration, stage)
-    sites = {}
-    for site in calibration.network.tree.sites:
-        if site.name in entries:
-            entry = entries[site.name]
-            sites[site.name] = SiteCandidates(
-                site,
-                tuple(Candidate(c["recipe"], c["bytes"], c["damage"]) for c in entry["candidates"]),
-                tuple(c["spec"] for c in entry["candidates"]),
-                folder / f"{site.name}.safetensors",
-                entry["tokens"],
-                entry["reached"],
-            )
-    return Candidates(calibration.network, sites)
-
-
-def all_damages(calibration: Calibration, stage: str = "candidates") -> dict[str, list[Candidate]]:
-    """Every candidate that was encoded, the dominated ones too, for reports and comparisons."""
-    out: dict[str, list[Candidate]] = {}
-    for unit in calibration.units():
-        for name, entry in calibration.journal[f"{stage}/{unit}"].items():
-            out[name] = [Candidate(c["recipe"], c["bytes"], c["damage"]) for c in entry["dominated"]]
-    return out
-
-
-Fetches = dict[str, Callable[[], Encoded]]
-
-
-def fetches(candidates: Candidates, recipes: Mapping[str, str]) -> Fetches:
-    """Site -> a function that reads the chosen stored form from the work folder."""
-    return {
-        name: (lambda found=candidates.sites[name], recipe=recipe: found.fetch(recipe))  # type: ignore[misc]
-        for name, recipe in recipes.items()
-    }
-
-
-def uniform_plan(candidates: Candidates, linear: str, table: str) -> dict[str, str]:
-    """The recipes of a uniform setting: one for linears, one for tables and heads, the rest as it must be."""
-    chosen = {}
-    for name, found in candidates.sites.items():
-        wanted = fitted(linear if found.site.kind == "linear" else table, found.site.columns)
-        recipes = [c.recipe for c in found.candidates]
-        chosen[name] = wanted if wanted in recipes else recipes[-1] if len(recipes) == 1 else wanted
-    return chosen
-
-

@@ -1,6 +1,6 @@
 """The composition of the acts: open → calibrate → candidates → plan → apply → evaluate → report.
 
-This is the only place that strings the acts together. Each act's result is a value or lies in the work folder; no act
+``acts.py`` offers them one by one instead. Each act's result is a value or lies in the work folder; no act
 reaches back into an earlier one.
 """
 
@@ -13,12 +13,13 @@ from typing import Any
 
 from layerwise.apply import Applied, apply_plan, plan_of
 from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
-from layerwise.candidates import Candidates, Fetches, fetches, find_candidates, uniform_plan
+from layerwise.candidates import find_candidates
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
+from layerwise.kept import Candidates, overlay, uniform_plan
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import constrain
@@ -28,6 +29,7 @@ from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, check_disk, prepare
 from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
+from layerwise.sequential import propagate
 from layerwise.uniform import Baseline, find_baseline
 
 
@@ -122,29 +124,31 @@ def redo(calibration: Calibration, site: str) -> None:
     tree = calibration.network.tree
     found = tree.find(site)
     unit = found.block or ("tables" if found.kind == "table" else "tail")
-    calibration.journal.forget(f"candidates/{unit}")
+    for stage in ("candidates", "uniform"):
+        calibration.journal.forget(f"{stage}/{unit}")
 
 
-def run(
-    prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerprint: str, command: str
-) -> Result:
-    options, network = prepared.options, prepared.network
+def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerprint: str, command: str) -> Result:
+    options = prepared.options
     candidates = measure_candidates(prepared, calibration, watch)
     with watch.stage("plan", 1) as advance:
         tree = constrain(candidates.tree(), options.keep, ())
         allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
         advance()
     chosen = {name: c.recipe for name, c in allocation.sites.items()}
-    stored = fetches(candidates, chosen)
+    written = candidates
+    if options.sequential:
+        batches = prepared.splits.all if options.uniform else prepared.splits.fit
+        written = propagate(calibration, candidates, chosen, batches, options.workers, watch)
     out = Path(options.out)
     with staged(out, options.force) as part:
         with watch.stage("write", 1) as advance:
-            applied = apply_plan(prepared, candidates, allocation, tree, budget, part, fingerprint)
+            applied = apply_plan(prepared, written, allocation, tree, budget, part, fingerprint)
             advance()
         baseline = None
         if options.baseline and not options.uniform:
             baseline = find_baseline(prepared, calibration, candidates, applied.bytes, watch)
-        measured = measure(prepared, calibration, stored, baseline, watch)
+        measured = measure(prepared, calibration, overlay(written, chosen), baseline, watch)
         evidence = make_evidence(
             prepared, calibration, candidates, tree, allocation, applied, baseline, measured, budget, fingerprint,
             command, watch,
@@ -162,7 +166,7 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
     forward(calibration, watch)
     return find_candidates(
         calibration, prepared.menu, options.workers, watch, "uniform" if options.uniform else "candidates",
-        prepared.only, reverse_uniform if options.uniform else reverse,
+        prepared.only, reverse_uniform if options.uniform else reverse, options.sequential,
     )  # fmt: skip
 
 
@@ -187,7 +191,7 @@ def allocate(
     if options.uniform:
         wanted = uniform_plan(candidates, prepared.menu.linear[0], prepared.menu.table[0])
         sites = {leaf.name: next(c for c in leaf.candidates if c.recipe == wanted[leaf.name]) for leaf in leaves(tree)}
-        allocation = Allocation(sites, {})
+        allocation = Allocation(sites, candidates.alternatives(wanted))
         return allocation, fixed + allocation.bytes
     if options.plan:
         allocation = read_plan(options.plan).choose(tree)
@@ -201,13 +205,13 @@ def allocate(
 
 
 def measure(
-    prepared: Prepared, calibration: Calibration, stored: Fetches, baseline: Baseline | None, watch: Stopwatch
+    prepared: Prepared, calibration: Calibration, plan: Overlay, baseline: Baseline | None, watch: Stopwatch
 ) -> Mapping[str, Measured]:
     """Dense, plan and baseline on the held-out text."""
     network = prepared.network
-    variants = {"plan": Overlay(network, stored)}
+    variants = {"plan": plan}
     if baseline is not None:
-        variants["baseline"] = Overlay(network, baseline.stored)
+        variants["baseline"] = baseline.weights
     with watch.stage("evaluate", (1 + len(variants)) * len(network.tree.blocks)) as advance:
         return compare(
             network, variants, prepared.loss, prepared.evaluation.batches, calibration.folder,

@@ -34,10 +34,15 @@ EXAMPLE_LOSS = ("ForSequenceClassification", "ForImageClassification")
 
 @dataclass(frozen=True)
 class Loss:
-    """A network's loss. ``constant`` is c of the damage formula; ``pooling`` only matters for distances."""
+    """A network's loss. ``constant`` is c of the damage formula.
+
+    pooling: only matters for distances.
+    masked:  predicts the token itself, not the next one, so that it has no perplexity.
+    """
 
     kind: LossName
     pooling: str = "mean"
+    masked: bool = False
 
     @property
     def name(self) -> str:
@@ -55,7 +60,8 @@ class Loss:
 
     @property
     def causal(self) -> bool:
-        return self.kind == "token kl"
+        """Whether it predicts the next token."""
+        return self.kind == "token kl" and not self.masked
 
     def terms(self, batch: Batch) -> int:
         """Loss terms in a batch: its tokens, or its texts."""
@@ -116,7 +122,7 @@ def loss_of(architecture: str, directory: Path, pooling: str | None = None) -> L
         kind = "distance"
     if pooling is not None and kind != "distance":
         raise InputError(f"--pooling is for bare encoders; {architecture} predicts and is compared by KL")
-    return Loss(kind, pooling or stored_pooling(directory))
+    return Loss(kind, pooling or stored_pooling(directory), architecture.endswith("ForMaskedLM"))
 
 
 def stored_pooling(directory: Path) -> str:

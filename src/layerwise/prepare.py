@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch
 from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quality_loss
 from layerwise.plan.candidates import layout_of
-from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.constraints import matching
+from layerwise.plan.file import read_plan
+from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
 from layerwise.technique import parse_recipe
 
@@ -125,11 +127,14 @@ def prepare(options: Options) -> Prepared:
     network = open_network(options.model, options.dtype)
     loss = loss_of(network.architecture, network.checkpoint.directory, options.pooling)
     menu, only = menu_of(options, network)
+    if options.plan is not None:
+        check_plan(options.plan, network, menu, only)
     reach = reachable(network, menu, only)
     if budget is not None:
         check_budget(budget, network, reach)
     if quality is not None:
         check_quality(quality, loss, network)
+    check_plain(network)
     tokenizer = open_tokenizer(network)
     length = min(options.length, longest(network))
     text = read_text(options.calibrate, options.text_column)
@@ -139,17 +144,15 @@ def prepare(options: Options) -> Prepared:
         calibration_text = text
     else:
         (calibration_text, held_out), same_source = set_aside(text, options.seed), True
-    windows = reads_windows(network, loss)
+    # A causal language model reads windows of running text; every other network reads texts one by one.
+    windows = loss.causal
     splits = make_splits(calibration_text, tokenizer, windows, options.sequences, length, options.seed)
     evaluation = make_evaluation(held_out, same_source, tokenizer, loss, windows, options, length)
+    check_tokens(splits.all, calibration_text, network)
+    check_tokens(evaluation.batches, held_out, network)
     return Prepared(
         options, network, tokenizer, loss, splits, calibration_text, evaluation, menu, only, reach, budget, quality
     )
-
-
-def reads_windows(network: Network, loss: Loss) -> bool:
-    """A causal language model reads windows of running text; every other network reads texts one by one."""
-    return loss.causal and not network.architecture.endswith("ForMaskedLM")
 
 
 def make_evaluation(
@@ -161,7 +164,8 @@ def make_evaluation(
     batches = batches_of(text.documents, tokenizer, windows, max(64, 2 * options.sequences), length)
     if tokens_in(batches) < 32:
         raise InputError(
-            f"the evaluation text {text.source} is too short: {tokens_in(batches)} tokens; give more text with --evaluate"
+            f"the evaluation text {text.source} is too short: {tokens_in(batches)} tokens; "
+            f"give more text with --evaluate"
         )
     return Evaluation(text, batches, same_source)
 
@@ -228,13 +232,39 @@ def check_budget(budget: Budget, network: Network, reach: Range) -> None:
         )
     if wanted > dense:
         raise InputError(
-            f"a budget of {budget} is {wanted} bytes, above the network's own size of {dense} bytes; nothing to compress"
+            f"a budget of {budget} is {wanted} bytes, above the network's own size of {dense} bytes; "
+            f"there is nothing to compress"
         )
+
+
+def check_plan(path: str, network: Network, menu: Menu, only: dict[str, str]) -> None:
+    """A plan may name what this run will encode: the network's sites, and recipes of the menu."""
+    plan = read_plan(path)
+    plan.check_against(s.name for s in network.tree.sites)
+    for site in network.tree.sites:
+        asked = plan.sites[site.name].recipe
+        encoders = {recipe.rpartition("+")[2] for recipe in (*recipes_for(site, menu, only, network), UNREACHED)}
+        if asked.rpartition("+")[2] not in encoders:
+            raise InputError(
+                f"the plan gives {site.name} the recipe {asked}, which these techniques do not try; "
+                f"add --redo {site.name}={asked} to encode it there"
+            )
+
+
+def check_plain(network: Network) -> None:
+    """What is not encoded (norms, biases, positions: a small part) must fit the 16-bit type it will be stored in."""
+    for name in network.plain_parameters([s.name for s in network.tree.sites if s.kind != "position"]):
+        value = network.read(name)
+        if value.isfinite().all() and not value.to(network.plain_dtype).isfinite().all():
+            raise InputError(
+                f"tensor {name} holds {float(value.abs().max()):.3g}, which "
+                f"{str(network.plain_dtype).removeprefix('torch.')} cannot hold; give --dtype bfloat16"
+            )
 
 
 def check_quality(quality: QualityLoss, loss: Loss, network: Network) -> None:
     """The measure asked for must be one that this network has."""
-    if quality.measure == "perplexity" and not reads_windows(network, loss):
+    if quality.measure == "perplexity" and not loss.causal:
         raise InputError(
             f"--quality-loss {quality} is a rise of perplexity, which {network.architecture} does not have; "
             f"write {loss.name}:0.01 instead"
@@ -309,11 +339,18 @@ def open_tokenizer(network: Network) -> Any:
         raise InputError(
             f"{folder} has no tokenizer that transformers can read; put tokenizer.json beside config.json"
         ) from None
-    size = len(tokenizer)
-    rows = network.module.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if size > rows:
-        raise InputError(f"the tokenizer has {size} tokens, but the network's table only {rows} rows")
     return tokenizer
+
+
+def check_tokens(batches: Sequence[Batch], text: Text, network: Network) -> None:
+    """Every token must have a row in the table. A tokenizer may know more words, as long as no text comes to them."""
+    rows = int(network.module.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    largest = max(int(batch.tokens.max()) for batch in batches)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer makes token {largest} of {text.source}, but the network's table has only {rows} rows; "
+            f"give the network its own tokenizer"
+        )
 
 
 def longest(network: Network) -> int:

@@ -6,12 +6,11 @@ Every plan that is tried is decoded and measured on the steer split, which neith
 from __future__ import annotations
 
 from layerwise.calibrate.passes import Calibration
-from layerwise.candidates import Candidates, fetches
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
-from layerwise.network.overlay import Overlay
+from layerwise.kept import Candidates, overlay, size_range
 from layerwise.plan.pareto import Pareto
-from layerwise.plan.tree import Allocation, Node, leaves
+from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
 
 TRIALS = 8  # halvings of the range of sizes
@@ -23,8 +22,7 @@ def smallest_within(prepared: Prepared, calibration: Calibration, candidates: Ca
     Raises ``InputError`` when even the largest plan exceeds it, naming what that one reaches.
     """
     assert prepared.quality is not None
-    low = sum(min(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
-    high = sum(max(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
+    low, high = size_range(tree)
     best = Pareto().allocate(tree, high)
     reached = loss_of_plan(prepared, calibration, candidates, best)
     if reached > prepared.quality.amount:
@@ -43,13 +41,11 @@ def smallest_within(prepared: Prepared, calibration: Calibration, candidates: Ca
     return best
 
 
-def loss_of_plan(
-    prepared: Prepared, calibration: Calibration, candidates: Candidates, allocation: Allocation
-) -> float:
+def loss_of_plan(prepared: Prepared, calibration: Calibration, candidates: Candidates, allocation: Allocation) -> float:
     """Measured loss of a plan on the steer split, in the unit of the tolerance."""
     assert prepared.quality is not None
     chosen = {name: c.recipe for name, c in allocation.sites.items()}
-    plan = {"plan": Overlay(prepared.network, fetches(candidates, chosen))}
+    plan = {"plan": overlay(candidates, chosen)}
     found = compare(
         prepared.network, plan, prepared.loss, prepared.splits.steer, calibration.folder, prepared.options.device
     )

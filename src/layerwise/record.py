@@ -11,17 +11,18 @@ from typing import Any
 from layerwise.apply import Applied
 from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.splits import tokens_in
-from layerwise.candidates import Candidates, all_damages
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress
 from layerwise.evaluate.compare import Measured
 from layerwise.evaluate.sentences import spearman
 from layerwise.evaluate.sites import measure_sites, single_site_changes
+from layerwise.kept import Candidates, all_damages, size_range
 from layerwise.network.streaming import Batch
 from layerwise.plan.candidates import recipe_bpw
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Prepared
+from layerwise.rewriting import AS_IS
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
@@ -49,11 +50,11 @@ def make_evidence(
     dense_bytes = network.checkpoint.safetensors_bytes
     asked = options.budget or options.quality_loss or options.uniform or options.plan or ""
     rows = [row("dense", None, dense_bytes, None, parameters, measured["dense"], prepared)]
-    rows.append(row("plan", options.uniform, applied.bytes, applied.linear_bytes, parameters, measured["plan"], prepared))
+    sizes = applied.bytes, applied.linear_bytes
+    rows.append(row("plan", options.uniform, *sizes, parameters, measured["plan"], prepared))
     if baseline is not None:
-        rows.append(
-            row("baseline", baseline.recipe, baseline.bytes, baseline.linear_bytes, parameters, measured["baseline"], prepared)
-        )
+        sizes = baseline.bytes, baseline.linear_bytes
+        rows.append(row("baseline", baseline.recipe, *sizes, parameters, measured["baseline"], prepared))
     with progress.stage("sample sites", 1) as advance:
         sampled = [] if options.uniform else sample(prepared, candidates)
         advance()
@@ -82,12 +83,27 @@ def make_evidence(
         **(front_of(prepared, candidates, tree) if not options.uniform else {}),
         "uniform": uniform_points(prepared, calibration, candidates, baseline, measured) if not options.uniform else [],
         "sampled": sampled,
-        "checks": {"predicted size is the size on disk": True, "decoded weights finite": True},
+        "checks": {
+            "predicted size is the size on disk": True,
+            "decoded weights finite": True,
+            **remarks(prepared, candidates),
+        },
         "seed": options.seed,
         "threads": options.threads,
         "versions": versions(),
         "machine": f"{platform.machine()} {platform.system()}, {options.threads} threads",
     }
+
+
+def remarks(prepared: Prepared, candidates: Candidates) -> dict[str, str]:
+    """What a reader of the figures should know about how they came about."""
+    found = {}
+    if prepared.options.sequential:
+        found["propagation"] = "encoded behind the stored prefix; damages are those before propagation"
+    for label in dict.fromkeys(label for refusals in candidates.refused.values() for label in refusals):
+        blocks = [block for block, refusals in candidates.refused.items() if label in refusals]
+        found[f"{label} left out of"] = ", ".join(blocks)
+    return found
 
 
 def row(
@@ -171,8 +187,7 @@ def step(change: Any, size: int, damage: float) -> dict[str, Any] | None:
 
 def front_of(prepared: Prepared, candidates: Candidates, tree: Node) -> dict[str, Any]:
     """Plans at ``FRONT_POINTS`` budgets from the smallest to the largest file, spaced evenly in ratio."""
-    low = sum(min(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
-    high = sum(max(c.bytes for c in leaf.candidates) for leaf in leaves(tree))
+    low, high = size_range(tree)
     fixed = prepared.range.fixed
     ratio = ((high + fixed) / (low + fixed)) ** (1 / (FRONT_POINTS - 1))
     budgets = [max(low, min(high, round((low + fixed) * ratio**i) - fixed)) for i in range(FRONT_POINTS)]
@@ -208,9 +223,7 @@ def uniform_points(
     damages = all_damages(calibration)
     searched = [n for n, s in candidates.sites.items() if s.reached]
     shared = set.intersection(*({c.recipe for c in damages[n]} for n in searched)) if searched else set()
-    fixed = prepared.range.fixed + sum(
-        s.candidates[0].bytes for s in candidates.sites.values() if not s.reached
-    )
+    fixed = prepared.range.fixed + sum(s.candidates[0].bytes for s in candidates.sites.values() if not s.reached)
     out = []
     for recipe in sorted(shared):
         chosen = [next(c for c in damages[n] if c.recipe == recipe) for n in searched]
@@ -225,7 +238,7 @@ def uniform_points(
 def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
     """A dozen candidates measured alone on the steer split, beside what was predicted for them."""
     kept = {
-        name: {c.recipe: c for c in found.candidates}
+        name: {c.recipe: c for c in found.of(AS_IS)}  # a rewritten matrix alone would not be the same function
         for name, found in candidates.sites.items()
         if found.reached
     }
@@ -251,7 +264,8 @@ def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 def replan_command(prepared: Prepared) -> str:
     options = prepared.options
     work = options.work or "WORK"
-    given = [f"--{k} {v}" for k, v in (("calibrate", options.calibrate), ("evaluate", options.evaluate)) if v != "default" and v]
+    texts = {"calibrate": options.calibrate, "evaluate": options.evaluate}
+    given = [f"--{k} {v}" for k, v in texts.items() if v and v != "default"]
     hint = "" if options.work else "   (keep the work folder with --work WORK)"
     return f"layerwise compress {options.model} OUT2 --budget SIZE --work {work} {' '.join(given)}".rstrip() + hint
 

@@ -124,7 +124,7 @@ def technique(*, paper: str, needs: frozenset[str] | set[str] = frozenset()) -> 
     def register(cls: T) -> T:
         package, _, stem = cls.__module__.rpartition(".")
         cls.name, cls.family, cls.paper, cls.needs = stem, package.rpartition(".")[2], paper, frozenset(needs)
-        return dataclass(frozen=True)(cls)
+        return dataclass(frozen=True)(cls)  # type: ignore[return-value]
 
     return register
 
@@ -217,7 +217,7 @@ def _written(value: Any) -> str:
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:
-    kind = type(field.default)
+    kind: type[Any] = type(field.default)
     try:
         if kind is bool:
             return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]

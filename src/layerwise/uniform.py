@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from layerwise.apply import linear_bytes, predicted_bytes
 from layerwise.calibrate.inputs import input_parts
 from layerwise.calibrate.passes import Calibration, reverse_uniform
-from layerwise.candidates import Candidates, Fetches, fetches, find_candidates, plain_recipe, uniform_plan
+from layerwise.candidates import find_candidates, plain_recipe
 from layerwise.engine.progress import Progress
+from layerwise.kept import Candidates, overlay, uniform_plan
 from layerwise.network.network import Network
+from layerwise.network.overlay import Overlay
 from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.prepare import Prepared
+from layerwise.rewriting import encoder_of
+from layerwise.sequential import propagate
 from layerwise.technique import GRADIENT_MOMENT, parse_recipe
 
 BASELINE = "gptq"
@@ -25,12 +29,12 @@ GROUPS = (128, 64, 32)
 
 @dataclass(frozen=True)
 class Baseline:
-    """A uniform setting and its encodings."""
+    """A uniform setting and the network's weights under it."""
 
     recipe: str
     bytes: int
     linear_bytes: int
-    stored: Fetches
+    weights: Overlay
 
 
 def find_baseline(
@@ -68,14 +72,18 @@ def encode_uniform(
         f"baseline {recipe} {embeddings}",
         unreached_recipes(candidates),
         reverse_uniform if needs_gradients else input_parts,
+        prepared.options.sequential,
     )
     chosen = uniform_plan(found, linear, str(parse_recipe(table)))
-    return Baseline(recipe, predicted_bytes(network, chosen), linear_bytes(network, chosen), fetches(found, chosen))
+    if prepared.options.sequential:
+        found = propagate(calibration, found, chosen, prepared.splits.all, prepared.options.workers, progress)
+    return Baseline(recipe, predicted_bytes(network, chosen), linear_bytes(network, chosen), overlay(found, chosen))
 
 
 def unreached_recipes(candidates: Candidates) -> dict[str, str]:
     """Sites that the loss does not reach get the same recipe in the baseline as in the plan."""
-    return {name: found.candidates[0].recipe for name, found in candidates.sites.items() if not found.reached}
+    sites = candidates.sites.items()
+    return {name: encoder_of(found.candidates[0].recipe) for name, found in sites if not found.reached}
 
 
 def uniform_choice(network: Network, candidates: Candidates, recipe: str, embeddings: str) -> dict[str, str]:

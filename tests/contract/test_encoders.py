@@ -31,7 +31,7 @@ def moment(size: int, seed: int = 0) -> Tensor:
 
 
 def known(rows: Tensor, columns: Tensor) -> SiteStatistics:
-    return SiteStatistics((Use(rows, columns, diagonal_root(columns), 0.5, 100),))
+    return SiteStatistics((Use(rows, columns, columns, diagonal_root(columns), 0.5, 100),))
 
 
 def diagonal_root(side: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def site() -> Site:
     """``site(rows=R, columns=C)``: statistics with these sides, whole or diagonal."""
 
     def make(rows: Tensor, columns: Tensor) -> SiteStatistics:
-        return SiteStatistics((Use(rows, columns, torch.ones(columns.shape[0]), 1.0, 1000),))
+        return SiteStatistics((Use(rows, columns, columns, torch.ones(columns.shape[0]), 1.0, 1000),))
 
     return make
 

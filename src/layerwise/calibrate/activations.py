@@ -31,7 +31,7 @@ class Boundary:
         out = torch.empty(self.shapes[batch], dtype=torch.float32)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.starts[batch])
-            view = memoryview(out.numpy().reshape(-1).view(np.uint8))
+            view = out.numpy().reshape(-1).view(np.uint8).data
             while view:
                 count = file.readinto(view)
                 if not count:
@@ -46,7 +46,7 @@ class Boundary:
             for batch, value in enumerate(values):
                 if tuple(value.shape) != self.shapes[batch]:
                     raise RuntimeError(f"batch {batch} has shape {tuple(value.shape)}, not {self.shapes[batch]}")
-                data = memoryview(value.detach().cpu().float().contiguous().numpy().reshape(-1).view(np.uint8))
+                data = value.detach().cpu().float().contiguous().numpy().reshape(-1).view(np.uint8).data
                 while data:
                     data = data[file.write(data) or 0 :]
             os.fsync(file.fileno())

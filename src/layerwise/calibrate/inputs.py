@@ -35,9 +35,7 @@ def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator
 
 
 @torch.inference_mode()
-def _watch(
-    calibration: Calibration, streamer: Streamer, unit: str, sites: list[Site], moments: SplitMoments
-) -> None:
+def _watch(calibration: Calibration, streamer: Streamer, unit: str, sites: list[Site], moments: SplitMoments) -> None:
     network, batches, inputs = calibration.network, calibration.splits.all, calibration.inputs()
     if unit == TAIL:
         width = output_width(network)
@@ -71,7 +69,8 @@ def _alike(site: Site, moments: SplitMoments) -> Fitted:
         return Fitted(statistics, statistics)
     use = Use(
         rows=torch.ones(site.rows),
-        columns=shrunk(watched.inputs.mean(), watched.inputs.count),
+        columns=(inputs := shrunk(watched.inputs.mean(), watched.inputs.count)),
+        inputs=inputs,
         absolute_mean=watched.inputs.absolute_mean(),
         scale=1.0,
         tokens=watched.inputs.count,

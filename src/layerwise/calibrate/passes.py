@@ -178,7 +178,10 @@ def _run_unit(
     if unit == TABLES:
         return Part(unit, _tables(calibration, streamer, batches, split_of, gradients[0], terms_file), frozenset())
     index = network.tree.blocks.index(unit)
-    found = reverse_block(streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index])
+    found = reverse_block(
+        streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index],
+        tokens_alone=loss.kind == "token kl",
+    )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]
     names = [s.name for s in network.tree.of_block(unit) if any(s.name in m.sites for m in found.values())]
@@ -207,7 +210,8 @@ def _keep_tail(network: Network, found: dict[str, SplitMoments], file: Path) -> 
         values[f"{split}.terms"] = torch.tensor(moments.terms)
         if tied:
             watched = moments.sites[tied]
-            values[f"{split}.inputs"], values[f"{split}.input_count"] = watched.inputs.sum, torch.tensor(watched.inputs.count)
+            values[f"{split}.inputs"] = watched.inputs.sum
+            values[f"{split}.input_count"] = torch.tensor(watched.inputs.count)
             values[f"{split}.absolute"] = watched.inputs.absolute
             values[f"{split}.curvature"] = watched.gradients.mean()
     part = file.with_suffix(".part")
@@ -250,6 +254,7 @@ def _head_use(tail: dict[str, object], split: str, constant: float, terms: int) 
     return Use(
         rows=tail[f"{split}.curvature"],  # type: ignore[arg-type]
         columns=inputs.mean(),
+        inputs=inputs.mean(),
         absolute_mean=inputs.absolute_mean(),
         scale=constant * inputs.count / max(1, terms),
         tokens=inputs.count,

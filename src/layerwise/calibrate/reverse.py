@@ -18,20 +18,30 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.moments import Moment, shrunk
-from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, diagonal
 from layerwise.loss import Loss
-from layerwise.network.sites import Site, is_linear
+from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 DRAWS = 4  # sampled gradients per loss term
+LEFT_DRAWS = 2  # of which this many enter E[M M^T]: it costs a product a draw, and tokens give samples enough
 
 
 @dataclass
 class Watched:
-    """Moments of one site over the batches of one split."""
+    """Moments of one site over the batches of one split.
+
+    inputs:    sum of x x^T, shared by the sites that are given the same tensor.
+    gradients: for a head, the diagonal of its predictions' curvature; else only the number of gradients seen.
+    left/right: sums of M M^T and M^T M over examples and draws; absent for a head.
+    """
 
     inputs: Moment
     gradients: Moment
+    left: Tensor | None = None
+    right: Tensor | None = None
+    samples: int = 0
+    left_samples: int = 0
 
 
 @dataclass
@@ -42,14 +52,24 @@ class SplitMoments:
     terms: int = 0
 
     def statistics(self, name: str, constant: float) -> SiteStatistics:
-        """``damage = c n_site / n_loss tr(G D H D^T)`` with moments shrunk where few tokens came."""
+        """The site's use, as the table in ``calibrate/statistics.py`` has it; moments shrunk where few tokens came."""
         watched = self.sites[name]
         tokens = watched.inputs.count
+        inputs = shrunk(watched.inputs.mean(), tokens)
+        if watched.left is None or watched.right is None:
+            rows, columns, scale = watched.gradients.mean(), inputs, constant * tokens / max(1, self.terms)
+        else:
+            examples = watched.samples / DRAWS
+            rows = shrunk(watched.left / watched.left_samples, tokens)
+            columns = shrunk(watched.right / watched.samples, tokens)
+            size = float(diagonal(rows).double().sum())
+            scale = constant * examples / (max(1, self.terms) * size) if size > 0 else 0.0
         use = Use(
-            rows=shrunk(watched.gradients.mean(), watched.gradients.count),
-            columns=shrunk(watched.inputs.mean(), tokens),
+            rows=rows,
+            columns=columns,
+            inputs=inputs,
             absolute_mean=watched.inputs.absolute_mean(),
-            scale=constant * tokens / max(1, self.terms),
+            scale=scale,
             tokens=tokens,
         )
         return SiteStatistics((use,))
@@ -95,7 +115,7 @@ def add_inputs(moments: SplitMoments, seen: dict[str, tuple[Tensor, Tensor]], ba
             moment.add(counted_rows(given.detach(), batch))
             measured[key] = moment
         if name not in moments.sites:
-            moments.sites[name] = Watched(measured[key], Moment(output.shape[-1]))
+            moments.sites[name] = Watched(measured[key], Moment(output.shape[-1], only_diagonal=True))
 
 
 def counted_rows(values: Tensor, batch: Batch) -> Tensor:
@@ -113,6 +133,7 @@ def reverse_block(
     inputs: Boundary,
     gradients_out: Boundary,
     gradients_in: Boundary,
+    tokens_alone: bool,
 ) -> dict[str, SplitMoments]:
     """Moments of a block's linears per split; writes the gradients at the block's input, ``[draws, …]`` a batch."""
     path = streamer.network.tree.blocks[index]
@@ -129,7 +150,8 @@ def reverse_block(
                     output = streamer.run_block(block, hidden, call)
                 moments = found[split_of[i]]
                 add_inputs(moments, observer.seen, batch)
-                yield _back(output, hidden, observer.seen, gradients_out.read(i).to(output.device), moments, batch)
+                directions = gradients_out.read(i).to(output.device)
+                yield _back(output, hidden, observer.seen, directions, moments, batch, tokens_alone)
                 observer.seen.clear()
 
     gradients_in.write(run())
@@ -143,19 +165,75 @@ def _back(
     directions: Tensor,
     moments: SplitMoments,
     batch: Batch,
+    tokens_alone: bool,
 ) -> Tensor:
-    """Back-propagate every draw; add the gradients at the linears' outputs; return those at ``hidden``."""
+    """Back-propagate every draw; add to the linears' marginals; return the gradients at ``hidden``, a draw each."""
     names = list(seen)
     wanted = [hidden, *(seen[n][1] for n in names)]
     out = torch.empty(directions.shape[0], *hidden.shape)
+    inputs = {n: by_example(seen[n][0].detach(), batch, tokens_alone) for n in names}
+    alike: dict[int, Tensor] = {}  # X X^T of each example, [examples, T, T], once per distinct input
+    for name in names:
+        key = seen[name][0].data_ptr()
+        if key not in alike:
+            alike[key] = gram(inputs[name])
+    coupling: dict[str, Tensor] = {}  # sum over draws of G G^T of each example, [examples, T, T]
     for draw, direction in enumerate(directions):
         last = draw == len(directions) - 1
         at = torch.autograd.grad(output, wanted, direction, retain_graph=not last, allow_unused=True)
         out[draw] = torch.zeros_like(hidden) if at[0] is None else at[0]
         for name, gradient in zip(names, at[1:], strict=True):
-            if gradient is not None:
-                moments.sites[name].gradients.add(counted_rows(gradient, batch))
+            if gradient is None:
+                continue
+            watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone)
+            if draw < LEFT_DRAWS:
+                watched.left_samples += len(g)
+                watched.left = added(watched.left, g, coupled(alike[seen[name][0].data_ptr()], g))
+            watched.samples += len(g)
+            coupling[name] = coupling[name].add_(gram(g)) if name in coupling else gram(g)
+    for name, total in coupling.items():
+        watched = moments.sites[name]
+        watched.right = added(watched.right, inputs[name], coupled(total, inputs[name]))
     return out
+
+
+def gram(values: Tensor) -> Tensor:
+    """``V V^T`` of each example: ``[examples, T, n]`` -> ``[examples, T, T]``."""
+    if values.shape[1] == 1:
+        return values.square().sum(-1, keepdim=True)
+    return values @ values.transpose(1, 2)
+
+
+def coupled(weights: Tensor, values: Tensor) -> Tensor:
+    """``K V`` of each example: ``[examples, T, T]`` times ``[examples, T, n]``."""
+    return weights * values if values.shape[1] == 1 else weights @ values
+
+
+def by_example(values: Tensor, batch: Batch, tokens_alone: bool) -> Tensor:
+    """``[examples, T, n]`` with zeros at padding, so that padding never counts; one row a text becomes ``T = 1``.
+
+    tokens_alone: every token is an example. Where each token has a loss term of its own the errors of different
+    tokens hardly meet in one term, and single tokens are many more samples than windows.
+    """
+    if values.dim() == 2:
+        return values.unsqueeze(1)
+    if tokens_alone:
+        return counted_rows(values, batch).unsqueeze(1)
+    if batch.mask is None or values.shape[:2] != batch.tokens.shape:
+        return values
+    return values * batch.counted.to(values.device).unsqueeze(-1)
+
+
+def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``total + sum over examples of a^T b`` for ``[examples, T, n]`` each; the diagonal where n is too wide."""
+    width = a.shape[-1]
+    a, b = a.reshape(-1, width), b.reshape(-1, width)
+    if width > LARGEST_FULL_SIDE:
+        part = (a * b).sum(0).cpu()
+        return part if total is None else total.add_(part)
+    if total is None:
+        total = torch.zeros(width, width)
+    return total.addmm_(a.T, b) if a.device == total.device else total.add_((a.T @ b).cpu())
 
 
 def reverse_tail(
@@ -177,7 +255,7 @@ def reverse_tail(
     if head is not None:
         names[head] = head
     found = {split: SplitMoments() for split in dict.fromkeys(split_of)}
-    vocabulary = network.module.get_submodule(head).weight.shape[0] if head else 1
+    vocabulary = network.module.get_parameter(f"{head}.weight").shape[0] if head else 1
 
     def run() -> Iterator[Tensor]:
         with streamer.tail() as leave, observing(network.module, names) as observer:
@@ -194,10 +272,10 @@ def reverse_tail(
                         target = loss.target(leave(part, hidden), part)
                     add_inputs(moments, observer.seen, part)
                     if head is not None:
-                        moments.sites[head].gradients = _head_curvature(moments.sites[head].gradients, target)
+                        _add_head_curvature(moments.sites[head].gradients, target)
                     inner = {n: v for n, v in observer.seen.items() if n != head}
                     directions = torch.stack([loss.direction(target, generator) for _ in range(DRAWS)])
-                    out[:, start:stop] = _back(target, hidden, inner, directions, moments, part)
+                    out[:, start:stop] = _back(target, hidden, inner, directions, moments, part, loss.kind == "token kl")
                     observer.seen.clear()
                 yield out
 
@@ -205,14 +283,11 @@ def reverse_tail(
     return found
 
 
-def _head_curvature(moment: Moment, logits: Tensor) -> Moment:
+def _add_head_curvature(moment: Moment, logits: Tensor) -> None:
     """Adds ``p (1 - p)`` of every prediction: the diagonal of the Fisher information at the head's outputs."""
-    if not moment.only_diagonal:
-        moment = Moment(logits.shape[-1], only_diagonal=True)
     p = logits.detach().softmax(-1)
     moment.sum += (p * (1 - p)).sum(0).cpu()
     moment.count += len(logits)
-    return moment
 
 
 def reverse_tables(
@@ -269,6 +344,7 @@ def table_use(moment: Moment, counts: Tensor, loss_terms: int, constant: float) 
     return Use(
         rows=smoothed,
         columns=shrunk(moment.mean(), moment.count),
+        inputs=shrunk(moment.mean(), moment.count),
         absolute_mean=torch.ones(width),
         scale=constant / max(1, loss_terms),
         tokens=int(tokens),
@@ -277,8 +353,8 @@ def table_use(moment: Moment, counts: Tensor, loss_terms: int, constant: float) 
 
 def unreached_sites(found: dict[str, SplitMoments], names: Sequence[str]) -> set[str]:
     """Sites whose gradient was zero throughout: the loss does not depend on them."""
-    return {n for n in names if all(float(m.sites[n].gradients.sum.abs().max()) == 0 for m in found.values())}
+    return {n for n in names if all(_is_zero(m.sites[n].right) for m in found.values())}
 
 
-def linear_names(module: nn.Module) -> list[str]:
-    return [path for path, member in module.named_modules() if is_linear(member)]
+def _is_zero(side: Tensor | None) -> bool:
+    return side is None or float(diagonal(side).abs().max()) == 0

@@ -8,6 +8,7 @@ is set aside first and labelled as being of the same source.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,12 @@ def make_splits(text: Text, tokenizer: Any, causal: bool, sequences: int, length
     A causal network reads windows of ``length`` tokens cut from each document's text; any other network reads each
     line as a text of its own, cut at ``length``.
     """
+    fewest = math.ceil(FEWEST_TOKENS / (min(SHARES.values()) * length))
+    if sequences < fewest:
+        raise InputError(
+            f"{sequences} sequences of {length} tokens are too few to calibrate on; give at least "
+            f"--sequences {fewest} at --length {length}"
+        )
     documents = shuffled(text.documents, seed)
     found: dict[str, tuple[Batch, ...]] = {}
     start = 0.0
@@ -79,8 +86,8 @@ def make_splits(text: Text, tokenizer: Any, causal: bool, sequences: int, length
         found[name] = batches_of(part, tokenizer, causal, share * sequences, length)
         if tokens_in(found[name]) < FEWEST_TOKENS:
             raise InputError(
-                f"the calibration text {text.source} is too short: its {name} split has {tokens_in(found[name])} tokens "
-                f"where {FEWEST_TOKENS} are the least; give more text or a smaller --length"
+                f"the calibration text {text.source} is too short: its {name} split has {tokens_in(found[name])} "
+                f"tokens where {FEWEST_TOKENS} are the least; give more text or a smaller --length"
             )
     return Splits(**found)
 

@@ -1,15 +1,30 @@
 """What calibration measures at a site, as values.
 
-A stored matrix ``[rows, columns]`` may be used more than once (a tied table is a look-up and a head). Every use
-contributes ``scale * tr(R D C D^T)`` to the predicted rise of the loss when the matrix changes by ``D``:
+A linear sees ``x_t`` and gets the gradient ``g_t`` of the loss at its output for every token ``t`` of an example (a
+text or a window). When the matrix changes by ``D``, the example's loss rises, to second order, by
 
-=============  =======================  ==========================  ==========================
+    c E <M, D>^2,     M = sum_t g_t x_t^T     [rows, columns]
+
+over sampled gradients. (Where every token has a loss term of its own, each token counts as an example: errors of
+different tokens hardly meet in one term, and windows are too few to tell.) ``E vec(M) vec(M)^T`` is far too large to
+keep; its two exact marginals are not:
+
+    R = E[M M^T]  [rows, rows],      C = E[M^T M]  [columns, columns],      tr R = tr C = E||M||^2
+
+and ``R (x) C / tr R`` is the Kronecker product with those marginals. Against the usual ``E[g g^T] (x) E[x x^T]`` it
+keeps that a token's gradient and its input go together (attention sinks: large gradients on always the same input) and
+that the errors of an example's tokens add up.
+
+A stored matrix may be used more than once (a tied table is a look-up and a head). Every use contributes
+``scale * tr(R D C D^T)``:
+
+=============  =======================  ==========================  ================================
 use            R (rows)                 C (columns)                 scale
-=============  =======================  ==========================  ==========================
-linear         G = E[g g^T]             H = E[x x^T]                c * n_site / n_loss
+=============  =======================  ==========================  ================================
+linear         E[M M^T]                 E[M^T M]                    c * examples / (n_loss * tr R)
 table          token counts (diagonal)  G of the looked-up vectors  c / n_loss
 head           E[p (1 - p)] (diagonal)  H = E[x x^T]                c * n_site / n_loss
-=============  =======================  ==========================  ==========================
+=============  =======================  ==========================  ================================
 """
 
 from __future__ import annotations
@@ -29,6 +44,7 @@ class Use:
 
     rows:           R, ``[rows, rows]`` or its diagonal ``[rows]``, float32.
     columns:        C, ``[columns, columns]`` or its diagonal ``[columns]``, float32.
+    inputs:         H = E[x x^T] whatever the gradients, of the shape of C: what methods without a loss minimise.
     absolute_mean:  mean ``|x|`` of each input, ``[columns]``.
     scale:          factor that turns ``tr(R D C D^T)`` into the loss's unit.
     tokens:         tokens that were measured.
@@ -36,6 +52,7 @@ class Use:
 
     rows: Tensor
     columns: Tensor
+    inputs: Tensor
     absolute_mean: Tensor
     scale: float
     tokens: int
@@ -62,6 +79,13 @@ class SiteStatistics:
         return sum_of_sides([(u.scale * mean_diagonal(u.columns), u.rows) for u in self.uses])
 
     @property
+    def inputs(self) -> Tensor:
+        """H = E[x x^T], or the uses' weighted sum; for a look-up the second moment of its gradients stands in."""
+        if len(self.uses) == 1:
+            return self.uses[0].inputs
+        return sum_of_sides([(u.scale * mean_diagonal(u.rows), u.inputs) for u in self.uses])
+
+    @property
     def absolute_mean(self) -> Tensor:
         return self.uses[0].absolute_mean
 
@@ -73,7 +97,7 @@ class SiteStatistics:
     def uninformed(rows: int, columns: int) -> SiteStatistics:
         """Statistics of a site about which nothing is known: every direction matters alike."""
         ones = torch.ones(columns)
-        return SiteStatistics((Use(torch.ones(rows), ones, ones, 1.0 / (rows * columns), 0),))
+        return SiteStatistics((Use(torch.ones(rows), ones, ones, ones, 1.0 / (rows * columns), 0),))
 
 
 def diagonal(side: Tensor) -> Tensor:

@@ -108,7 +108,8 @@ def _json_texts(content: str, source: str, column: str | None) -> Iterator[str]:
             continue
         if not isinstance(record, dict):
             raise InputError(f"{source} line {number} is not a JSON object with a text column")
-        name = column or ("text" if "text" in record else next((k for k, v in record.items() if isinstance(v, str)), ""))
+        first = next((k for k, v in record.items() if isinstance(v, str)), "")
+        name = column or ("text" if "text" in record else first)
         if not isinstance(record.get(name), str):
             raise InputError(f"{source} line {number} has no text column {name!r}{nearest(name, list(record))}")
         yield record[name]

@@ -46,17 +46,28 @@ def calibrate(
         found = measure_candidates(prepared, calibration, watch)
     finally:
         calibration.journal.close()
-    rows = [
-        {"site": name, "tokens": site.tokens, "recipe": c.recipe, "bytes": c.bytes, "damage": c.damage,
-         "bpw": recipe_bpw(c.recipe, site.site.rows, site.site.columns)}
-        for name, site in found.sites.items() for c in site.candidates
-    ]  # fmt: skip
     if json:
+        rows = [
+            {"site": name, "tokens": site.tokens, "recipe": c.recipe, "bytes": c.bytes, "damage": c.damage,
+             "bpw": recipe_bpw(c.recipe, site.site.rows, site.site.columns)}
+            for name, site in found.sites.items() for c in site.candidates
+        ]  # fmt: skip
         shared.print_json({"loss": prepared.loss.name, "unit": prepared.loss.unit, "candidates": rows})
         return
     shared.print_table(
         f"Candidates kept; damage in {prepared.loss.unit}",
         ("site", "recipe", "bytes", "bpw", "damage", "tokens"),
-        [(r["site"], r["recipe"], f"{r['bytes']:,}", f"{r['bpw']:.2f}", significant(r["damage"]), f"{r['tokens']:,}") for r in rows],
+        [
+            (
+                name,
+                c.recipe,
+                f"{c.bytes:,}",
+                f"{recipe_bpw(c.recipe, site.site.rows, site.site.columns):.2f}",
+                significant(c.damage),
+                f"{site.tokens:,}",
+            )
+            for name, site in found.sites.items()
+            for c in site.candidates
+        ],
         numeric=(2, 3, 4, 5),
-    )  # fmt: skip
+    )

@@ -13,7 +13,9 @@ from layerwise.cli import shared
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="A folder written by layerwise compress.", metavar="OUT")],
     dense: Annotated[str, typer.Option(metavar="MODEL", help="The dense network it was made from.")],
-    evaluate: Annotated[str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, or scored sentence pairs.")],
+    evaluate: Annotated[
+        str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, or scored sentence pairs.")
+    ],
     sequences: Annotated[int, typer.Option(help="Sequences read from the text.")] = 256,
     length: shared.Length = 256,
     text_column: shared.TextColumn = None,
@@ -40,7 +42,9 @@ def evaluate(
         shared.print_json({**asdict(found), "peak_memory": peak_memory()})
         return
     rows = [("size", megabytes(found.dense_bytes), megabytes(found.bytes))]
-    rows += [(name, significant(found.dense.get(name), 4), significant(value, 4)) for name, value in found.artifact.items()]
+    rows += [
+        (name, significant(found.dense.get(name), 4), significant(value, 4)) for name, value in found.artifact.items()
+    ]
     rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms"))
     rows.append(("peak memory of this run", "", megabytes(peak_memory())))
     shared.print_table(f"{found.tokens:,} tokens of {text.source}", ("", "dense", "artifact"), rows, numeric=(1, 2))

@@ -36,10 +36,14 @@ def inspect(model: shared.Model, json: shared.Json = False) -> None:
         ("site", "kind", "shape", "parameters", "bytes", ""),
         [
             (
-                str(r["site"]), str(r["kind"]), f"{r['rows']} × {r['columns']}", f"{r['parameters']:,}", f"{r['bytes']:,}",
-                "; ".join(filter(None, (f"tied to {r['tied_to']}" if r["tied_to"] else "", "stored transposed" if r["transposed"] else ""))),
+                str(r["site"]),
+                str(r["kind"]),
+                f"{r['rows']} × {r['columns']}",
+                f"{r['parameters']:,}",
+                f"{r['bytes']:,}",
+                f"tied to {r['tied_to']}" if r["tied_to"] else "stored transposed" if r["transposed"] else "",
             )
             for r in rows
         ],
         numeric=(2, 3, 4),
-    )  # fmt: skip
+    )

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import signal
 import sys
+from typing import Any, NoReturn
 
 import typer
 
 from layerwise.cli import calibrate, compress, evaluate, export, inspect, plan, report
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
 
 app = typer.Typer(
     name="layerwise",
@@ -29,32 +32,55 @@ app.command("export")(export.export)
 app.command("report")(report.report)
 
 
+RESUMABLE = ("compress", "calibrate", "plan")
+INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2, an interrupt is 130."""
     from layerwise.errors import InputError
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(prog_name="layerwise")
+        code = app(prog_name="layerwise", standalone_mode=False)  # typer turns an interrupt into this code
     except InputError as mistake:
-        print(f"layerwise: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(mistake))
+    except UsageError as mistake:
+        if not str(mistake).strip():  # nothing was given, and help has been printed
+            sys.exit(2)
+        _refuse(usage_sentence(mistake))
     except KeyboardInterrupt:
-        print("layerwise: interrupted; " + resume_hint(), file=sys.stderr)
-        sys.exit(130)
+        code = INTERRUPTED
     except BrokenPipeError:
         sys.exit(1)
+    if code == INTERRUPTED:
+        print("layerwise: interrupted" + resume_hint(), file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"layerwise: {sentence}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def usage_sentence(mistake: Any) -> str:
+    """What typer says about an option it cannot read, as one sentence that ends in where to look."""
+    said = " ".join(mistake.format_message().split()).rstrip(".")
+    path = mistake.ctx.command_path if mistake.ctx is not None else "layerwise"
+    return f"{said[:1].lower()}{said[1:]}; see {path} --help"
+
+
 def resume_hint() -> str:
-    """The command that continues: the same one."""
+    """The command that continues: the same one, where what was finished lies in a work folder."""
     import shlex
 
-    return "what is finished is kept, and the same command continues: layerwise " + shlex.join(sys.argv[1:])
+    if not (sys.argv[1:] and sys.argv[1] in RESUMABLE):
+        return ""
+    return "; what is finished is kept, and the same command continues: layerwise " + shlex.join(sys.argv[1:])
 
 
 if __name__ == "__main__":

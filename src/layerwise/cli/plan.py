@@ -127,8 +127,16 @@ def show_plan(plan: PlanFile, json: bool) -> None:
         f"{significant(plan.predicted.damage)} {plan.predicted.loss}",
         ("site", "chosen", "bytes", "bpw", "damage", "next better", "next cheaper"),
         [
-            (name, s.recipe, f"{s.bytes:,}", f"{s.bpw:.2f}", significant(s.damage), beside(s.next_better), beside(s.next_cheaper))
+            (
+                name,
+                s.recipe,
+                f"{s.bytes:,}",
+                f"{s.bpw:.2f}",
+                significant(s.damage),
+                beside(s.next_better),
+                beside(s.next_cheaper),
+            )
             for name, s in plan.sites.items()
         ],
         numeric=(2, 3, 4),
-    )  # fmt: skip
+    )

@@ -33,12 +33,27 @@ Techniques = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="A,B+C", help="Techniques to choose among, such as rtn,gptq,awq+gptq."),
 ]
-Work = Annotated[Optional[str], typer.Option(metavar="DIR", help="Work folder; kept, so that re-planning takes seconds.")]  # noqa: UP045
+Work = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="DIR", help="Work folder; kept, so that re-planning takes seconds."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")]
-Redo = Annotated[Optional[list[str]], typer.Option(metavar="SITE=RECIPE", help="Encode a site of the work folder again.")]  # noqa: UP045
-Keep = Annotated[Optional[list[str]], typer.Option(metavar="REGEX", help="Sites to leave at 16 bits; may be repeated.")]  # noqa: UP045
-Fix = Annotated[Optional[list[str]], typer.Option(metavar="SITE=RECIPE", help="Give a site one recipe; may be repeated.")]  # noqa: UP045
+Redo = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="SITE=RECIPE", help="Encode a site of the work folder again."),
+]
+Keep = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="REGEX", help="Sites to leave at 16 bits; may be repeated."),
+]
+Fix = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="SITE=RECIPE", help="Give a site one recipe; may be repeated."),
+]
+
+
+UNFOLDED = 240  # columns
 
 
 def split_techniques(text: str | None) -> tuple[str, ...]:
@@ -75,7 +90,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="right" if i in numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to fold names at
+        console = Console(width=UNFOLDED)
+    console.print(table)
 
 
 class Bar:
@@ -87,7 +105,14 @@ class Bar:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         if self.quiet:
             yield lambda: None

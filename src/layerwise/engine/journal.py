@@ -29,22 +29,19 @@ class Journal:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
+        self.entries: dict[str, Any] = {}
+        stamp = folder / "identity"
+        _check_owner(folder, stamp, identity)  # before the lock is made: a folder that is refused stays as it was
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"another run is using the work folder {folder}; wait for it or give another --work") from None
-        self.entries: dict[str, Any] = {}
-        stamp = folder / "identity"
-        if stamp.is_file() and stamp.read_text().strip() != identity:
+            self._lock.close()
             raise InputError(
-                f"the work folder {folder} belongs to another run (other network, text, options, seed, versions or "
-                f"threads); give another --work or remove it"
-            )
+                f"another run is using the work folder {folder}; wait for it or give another --work"
+            ) from None
         if not stamp.is_file():
-            if any(p.name != "lock" for p in folder.iterdir()):
-                raise InputError(f"the work folder {folder} holds files that are not layerwise's; give an empty one")
             _write_whole(stamp, identity + "\n")
         self._load()
 
@@ -55,11 +52,12 @@ class Journal:
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
                     entry = json.loads(line)
-                    self.entries[entry["unit"]] = entry["value"]
+                    unit, value = entry["unit"], entry["value"]
                 except (ValueError, KeyError, TypeError):
                     break
                 if not line.endswith(b"\n"):
                     break
+                self.entries[unit] = value
                 whole += len(line)
             with path.open("r+b") as file:
                 file.truncate(whole)
@@ -80,8 +78,9 @@ class Journal:
 
     def forget(self, unit: str) -> None:
         """Drop a unit, to be done again."""
-        if self.entries.pop(unit, None) is None:
+        if unit not in self.entries:
             return
+        del self.entries[unit]
         self._file.close()
         lines = "".join(json.dumps({"unit": u, "value": v}) + "\n" for u, v in self.entries.items())
         _write_whole(self.folder / "journal.jsonl", lines)
@@ -92,6 +91,20 @@ class Journal:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+
+def _check_owner(folder: Path, stamp: Path, identity: str) -> None:
+    """``InputError`` unless the folder is absent, empty, or of this very run."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"the work folder {folder} is a file; give --work a directory")
+    if stamp.is_file():
+        if stamp.read_text(errors="replace").strip() != identity:
+            raise InputError(
+                f"the work folder {folder} belongs to another run (other network, text, options, seed, versions or "
+                f"threads); give another --work or remove it"
+            )
+    elif folder.is_dir() and any(p.name not in ("lock", stamp.with_suffix(".part").name) for p in folder.iterdir()):
+        raise InputError(f"the work folder {folder} holds files that are not layerwise's; give an empty one")
 
 
 def _write_whole(path: Path, text: str) -> None:

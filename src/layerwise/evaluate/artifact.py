@@ -10,13 +10,14 @@ from typing import Any
 
 from layerwise.calibrate.splits import batches_of
 from layerwise.calibrate.text import Text
+from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.latency import forward_seconds
 from layerwise.evaluate.sentences import pair_batches, spearman
 from layerwise.loss import loss_of
-from layerwise.network.artifact import open_artifact
+from layerwise.network.artifact import Artifact, open_artifact
 from layerwise.network.load import load
-from layerwise.network.network import open_network
+from layerwise.network.network import Network, open_network
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,9 @@ def evaluate_artifact(
     """Stream both networks over the text, then time the artifact in memory on the first batch."""
     network = open_network(dense)
     artifact = open_artifact(path)
+    check_same_network(artifact, network)
     loss = loss_of(network.architecture, network.checkpoint.directory, pooling)
-    windows = loss.causal and not network.architecture.endswith("ForMaskedLM")
+    windows = loss.causal
     index = None
     if text.pairs and loss.kind == "distance":
         batches, index = pair_batches(text.pairs, tokenizer, length)
@@ -65,10 +67,28 @@ def evaluate_artifact(
     )
 
 
+def check_same_network(artifact: Artifact, network: Network) -> None:
+    """``InputError`` unless the artifact holds every parameter of the dense network, in its shape."""
+    if artifact.checkpoint.architecture != network.architecture:
+        raise InputError(
+            f"{artifact.directory} is a {artifact.checkpoint.architecture}, but {network.checkpoint.directory} is a "
+            f"{network.architecture}; give the dense network that it was made from"
+        )
+    shapes = {name: tuple(artifact.checkpoint.tensors[name].shape) for name in artifact.plain}
+    for name, site in artifact.sites.items():
+        rows, columns = site.spec["shape"]
+        shapes[f"{name}.weight"] = (columns, rows) if site.transposed else (rows, columns)
+    for name, parameter in network.module.named_parameters():
+        if shapes.get(name) != tuple(parameter.shape):
+            raise InputError(
+                f"{artifact.directory} has {list(shapes[name]) if name in shapes else 'nothing'} for {name}, but "
+                f"{network.checkpoint.directory} has {list(parameter.shape)}; "
+                f"give the dense network that it was made from"
+            )
+
+
 def _with_spearman(found: Measured, index: Any, text: Text, seed: int) -> dict[str, Any]:
     out: dict[str, Any] = dict(found.metrics)
     if index is not None and found.vectors is not None:
         out["stsb_spearman"], out["stsb_low"], out["stsb_high"] = spearman(found.vectors, index, text.pairs, seed)
     return out
-
-

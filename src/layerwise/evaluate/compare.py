@@ -103,7 +103,7 @@ class _Sums:
             self.dense_vectors.append(dense.cpu())
             return
         self.agreed += int((dense.argmax(-1) == other.argmax(-1)).sum())
-        if loss.kind == "token kl" and batch.mask is None:
+        if loss.causal and batch.mask is None:
             sequences, length = batch.tokens.shape
             follows = batch.tokens[:, 1:].reshape(-1).to(other.device)
             keep = (torch.arange(sequences * length) % length != length - 1).to(other.device)
@@ -113,7 +113,7 @@ class _Sums:
             self.predicted += len(follows)
 
     def measured(self, loss: Loss) -> Measured:
-        metrics = {loss.name: self.loss / max(1, self.terms)}
+        metrics = {loss.name: max(0.0, self.loss / max(1, self.terms))}  # a KL of nothing may round below zero
         if loss.kind != "distance":
             metrics["agreement"] = self.agreed / max(1, self.terms)
         if self.predicted:

@@ -59,7 +59,7 @@ def _measure(
         state = _block(streamer, index, batches, state)
     changed = _targets(streamer, loss, batches, state)
     total = sum(float(loss.distances(a, b).double().sum()) for a, b in zip(targets, changed, strict=True))
-    return total / sum(loss.terms(b) for b in batches)
+    return max(0.0, total / sum(loss.terms(b) for b in batches))
 
 
 def _block(streamer: Streamer, index: int, batches: Sequence[Batch], state: list[Tensor]) -> list[Tensor]:
@@ -86,7 +86,7 @@ def _targets(streamer: Streamer, loss: Loss, batches: Sequence[Batch], state: li
     return out
 
 
-def single_site_changes(kept: Mapping[str, Mapping[str, Encoded]], count: int) -> list[tuple[str, str]]:
+def single_site_changes(kept: Mapping[str, Mapping[str, object]], count: int) -> list[tuple[str, str]]:
     """``count`` (site, recipe) pairs spread evenly over sites and recipes, in a fixed order."""
     pairs = [(site, recipe) for site in kept for recipe in kept[site] if not recipe.startswith("dense")]
     if len(pairs) <= count:

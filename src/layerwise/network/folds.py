@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.network.sites import is_linear, is_transposed
 
 TOLERANCE = 1e-4  # of the block's own change to the hidden state, in float32
@@ -24,7 +25,7 @@ TOLERANCE = 1e-4  # of the block's own change to the hidden state, in float32
 
 @dataclass(frozen=True)
 class Fold:
-    """``producer``: path of a norm or a linear in the block. ``consumers``: paths of the linears that share its output."""
+    """``producer``: path of a norm or a linear in the block; ``consumers``: the linears that read its output."""
 
     producer: str
     consumers: tuple[str, ...]
@@ -91,24 +92,23 @@ def scaled(statistics: SiteStatistics, rows: Tensor | None = None, columns: Tens
         return value * factor.square() if value.dim() == 1 else value * factor[:, None] * factor[None, :]
 
     uses = tuple(
-        Use(
+        replace(
+            u,
             rows=side(u.rows, rows),
             columns=side(u.columns, columns),
+            inputs=side(u.inputs, columns),
             absolute_mean=u.absolute_mean if columns is None else u.absolute_mean * columns.abs(),
-            scale=u.scale,
-            tokens=u.tokens,
         )
         for u in statistics.uses
     )
     return SiteStatistics(uses)
 
 
-def find_folds(
-    block: nn.Module, run: Callable[[nn.Module], Tensor], hidden: Tensor, seed: int
-) -> tuple[Fold, ...]:
-    """Exact folds of a materialised block.
+def find_folds(block: nn.Module, run: Callable[[nn.Module], Tensor], hidden: Tensor, seed: int) -> tuple[Fold, ...]:
+    """Exact folds of a materialised block, in the order in which their consumers run; at most one for each input.
 
     run:    runs the block on ``hidden`` ``[sequences, length, width]`` and returns its output.
+    hidden: what ``run`` feeds the block: the change it makes to it is the yardstick of exactness.
     """
     outputs: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
@@ -116,15 +116,17 @@ def find_folds(
     for path, member in block.named_modules():
         if path and getattr(member, "weight", None) is not None and not list(member.children()):
             handles.append(member.register_forward_hook(_note(path, inputs, outputs)))
-    with torch.inference_mode():
-        reference = run(block)
-    for handle in handles:
-        handle.remove()
+    try:
+        with torch.inference_mode():
+            reference = run(block)
+    finally:
+        for handle in handles:
+            handle.remove()
     change = float((reference - hidden).norm())
-    linears = {p: m for p, m in block.named_modules() if is_linear(m) and p in inputs}
-    groups: dict[int, list[str]] = {}
+    linears = {p: block.get_submodule(p) for p in outputs if is_linear(block.get_submodule(p))}  # in running order
+    groups: dict[tuple[int, int], list[str]] = {}  # linears that read the very same tensor
     for path in linears:
-        groups.setdefault(inputs[path].data_ptr(), []).append(path)
+        groups.setdefault((inputs[path].data_ptr(), inputs[path].shape[-1]), []).append(path)
     transposed = frozenset(p for p, m in linears.items() if is_transposed(m))
     generator = torch.Generator().manual_seed(seed)
     found: list[Fold] = []
@@ -132,16 +134,17 @@ def find_folds(
         width = inputs[consumers[0]].shape[-1]
         for producer in _producers(block, linears, consumers, inputs, outputs, width):
             fold = Fold(producer, tuple(consumers))
-            factor = torch.rand(width, generator=generator) * 1.5 + 0.5
+            factor = (torch.rand(width, generator=generator) * 1.5 + 0.5).to(hidden.device)
             if _is_exact(block, run, fold, factor, transposed, reference, change):
                 found.append(fold)
                 break
     return tuple(found)
 
 
-def _note(path: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs[path], outputs[path] = given[0], output
+def _note(path: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
+            inputs[path], outputs[path] = given[0], output
 
     return hook
 
@@ -156,15 +159,15 @@ def _producers(
 ) -> list[str]:
     """Norms whose output is the consumers' very input, then linears that ran before and are as wide."""
     given = inputs[consumers[0]].data_ptr()
-    norms = [p for p, y in outputs.items() if p not in linears and y.data_ptr() == given and _is_vector(block, p)]
+    norms = [
+        p
+        for p, y in outputs.items()
+        if p not in linears and y.data_ptr() == given and block.get_parameter(f"{p}.weight").shape == (width,)
+    ]
     order = list(outputs)
     before = order[: order.index(consumers[0])]
     wide = [p for p in before if p in linears and p not in consumers and outputs[p].shape[-1] == width]
     return [*norms, *reversed(wide)]
-
-
-def _is_vector(block: nn.Module, path: str) -> bool:
-    return block.get_submodule(path).weight.dim() == 1  # type: ignore[union-attr, operator]
 
 
 def _is_exact(
@@ -178,9 +181,9 @@ def _is_exact(
 ) -> bool:
     from layerwise.network.skeleton import materialised
 
-    touched = [*fold.consumers, fold.producer]
+    touched = {*fold.consumers, fold.producer}
     names = [n for n, _ in block.named_parameters() if n.rpartition(".")[0] in touched]
     before = {n: block.get_parameter(n).data for n in names}
     with torch.inference_mode(), materialised(block, fold_parameters(before, transposed, fold, factor)):
         folded = run(block)
-    return float((folded - reference).norm()) <= TOLERANCE * max(change, 1e-12)
+    return float((folded - reference).norm()) <= TOLERANCE * change

@@ -78,10 +78,9 @@ def open_network(source: str | Path, dtype: str = "auto") -> Network:
     """
     checkpoint = open_checkpoint(source)
     if "quantization_config" in checkpoint.config:
-        raise InputError(
-            f"{source} is quantized already ({checkpoint.config['quantization_config'].get('quant_method', 'unknown')}); "
-            f"start from the dense checkpoint"
-        )
+        settings = checkpoint.config["quantization_config"]
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+        raise InputError(f"{source} is quantized already ({method}); start from the dense checkpoint")
     module = build_on_meta(checkpoint.architecture, checkpoint.config)
     plain = checkpoint.storage_dtype if dtype == "auto" else getattr(torch, dtype)
     return Network(checkpoint, module, find_sites(module), StoredNames(module, checkpoint), plain)

@@ -1,11 +1,11 @@
 """The site tree of a network, found by looking at its modules.
 
-    network
-    ├── tables        nn.Embedding outside the blocks; the word table is tied to the head or not
-    ├── blocks        the longest outermost nn.ModuleList of equal modules that hold matrices
-    │   └── linears   nn.Linear, and GPT-2's Conv1D whose matrix is stored transposed
-    ├── outer linears pooler, classifier, the transform of a masked language head
-    └── head          the matrix that gives one score per word of the vocabulary
+network
+├── tables        nn.Embedding outside the blocks; the word table is tied to the head or not
+├── blocks        the longest outermost nn.ModuleList of equal modules that hold matrices
+│   └── linears   nn.Linear, and GPT-2's Conv1D whose matrix is stored transposed
+├── outer linears pooler, classifier, the transform of a masked language head
+└── head          the matrix that gives one score per word of the vocabulary
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
     """Paths of the repeated residual units: the outermost list of equal modules holding the most matrices."""
     lists: list[tuple[int, str, nn.ModuleList]] = []
     for path, child in module.named_modules():
-        if not isinstance(child, nn.ModuleList) or len(child) == 0 or any(path.startswith(p + ".") for _, p, _ in lists):
+        inside = any(path.startswith(outer + ".") for _, outer, _ in lists)
+        if not isinstance(child, nn.ModuleList) or len(child) == 0 or inside:
             continue
         if len({type(member) for member in child}) == 1 and any(is_linear(m) for m in child.modules()):
             lists.append((sum(p.numel() for p in child.parameters()), path, child))
@@ -121,8 +122,9 @@ def find_sites(module: nn.Module) -> SiteTree:
                 if not any(s.head == path for s in sites):
                     sites.append(Site(path, "head", *child.weight.shape))
                 continue
-            out_in = tuple(reversed(child.weight.shape)) if is_transposed(child) else tuple(child.weight.shape)
-            sites.append(Site(path, "linear", *out_in, transposed=is_transposed(child), block=block))  # type: ignore[call-overload]
+            transposed = is_transposed(child)
+            rows, columns = reversed(child.weight.shape) if transposed else child.weight.shape
+            sites.append(Site(path, "linear", rows, columns, transposed=transposed, block=block))
     parameters = sum(p.numel() for p in module.parameters())
     return SiteTree(blocks, tuple(_in_order(sites, blocks)), parameters)
 

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.errors import InputError, nearest
@@ -31,7 +30,7 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
         )
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     try:
-        settings = cls.config_class.from_dict(plain)
+        settings = cls.config_class.from_dict(plain)  # type: ignore[attr-defined]
         settings._attn_implementation = "sdpa"
         with empty_parameters():
             module = cls(settings)
@@ -39,7 +38,7 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
         raise
     except Exception as reason:  # a config that its own class refuses is the checkpoint's mistake, whatever it raises
         raise InputError(f"config.json does not describe a {architecture}: {first_sentence(reason)}") from None
-    module.tie_weights()
+    module.tie_weights()  # type: ignore[operator]
     return module.eval().requires_grad_(False)
 
 
@@ -57,7 +56,7 @@ def empty_parameters() -> Iterator[None]:
         if parameter is not None and not parameter.is_meta:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

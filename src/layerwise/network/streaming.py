@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.network.network import Network
-from layerwise.network.skeleton import materialised
+from layerwise.network.sites import Site
+from layerwise.network.skeleton import materialised, parameter_owners
 
 ROWS_FROM_DISK = 32 << 20  # a table with more float32 bytes than this is looked up row by row from the file
 
@@ -191,7 +192,7 @@ class Streamer:
             names = self.network.outer_parameters()
             for site in tree.sites:
                 if site.kind in ("table", "position") and site.parameters * 4 > ROWS_FROM_DISK:
-                    stack.enter_context(_replaced(module, site.name, lambda m, s=site: self._rows_from_disk(m, s)))
+                    stack.enter_context(_replaced(module, site.name, self._rows_from_disk(site)))
                     names = [n for n in names if n != site.parameter]
                 if site.head and with_head:
                     values[f"{site.head}.weight"] = self.weights.read(site.parameter).to(self.device)
@@ -200,13 +201,17 @@ class Streamer:
                     tied = next((s for s in tree.sites if s.head and s.parameter == name), None)
                     shared = values.get(f"{tied.head}.weight") if tied else None
                     values[name] = shared if shared is not None else self.weights.read(name).to(self.device)
+            for first, *others in parameter_owners(module).values():  # a bias may hang under two names as well
+                for other in others:
+                    if first in values and (with_head or other.rpartition(".")[0] not in heads):
+                        values.setdefault(other, values[first])
             stack.enter_context(materialised(module, values))
             if str(self.device) != "cpu":
                 _move_buffers(module, self.device)
             yield
 
-    def _rows_from_disk(self, table: nn.Module, site: Any) -> nn.Module:
-        return _RowsFromDisk(self.weights, site.parameter, table)
+    def _rows_from_disk(self, site: Site) -> nn.Module:
+        return _RowsFromDisk(self.weights, site.parameter, self.network.module.get_submodule(site.name))
 
     @contextlib.contextmanager
     def _blocks_replaced(self, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
@@ -223,11 +228,12 @@ class Streamer:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+def _replaced(module: nn.Module, path: str, stand_in: nn.Module) -> Iterator[None]:
+    """``module`` with another one at ``path``."""
     parent_path, _, leaf = path.rpartition(".")
     parent = module.get_submodule(parent_path)
     original = parent._modules[leaf]
-    parent._modules[leaf] = make(original)  # type: ignore[arg-type]
+    parent._modules[leaf] = stand_in
     try:
         yield
     finally:

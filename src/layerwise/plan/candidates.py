@@ -26,9 +26,7 @@ class Encoding:
     damage: float
 
 
-def encode_candidate(
-    site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics
-) -> Encoding:
+def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics) -> Encoding:
     """Encode ``weight`` [rows, columns] on the fit statistics and judge it on the judge statistics.
 
     The encoding is checked before it may enter a plan: finite when decoded, and better than leaving the matrix out.
@@ -42,7 +40,8 @@ def encode_candidate(
     decoded = encoded.decode()
     if not bool(torch.isfinite(decoded).all()):
         raise InputError(
-            f"{recipe} produced a weight that is not finite at {site}; resume with --redo {site}=rtn:bits=8 or another recipe"
+            f"{recipe} produced a weight that is not finite at {site}; "
+            f"resume with --redo {site}=rtn:bits=8 or another recipe"
         )
     found = damage(decoded - weight, judge)
     removed = damage(weight, judge)

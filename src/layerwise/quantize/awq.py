@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from layerwise.network.folds import BlockScope, Fold
 
 
+SMALLEST = 1e-4  # of the largest mean |x|: what lies below is scaled as if it were this
+
+
 @technique(paper="AWQ", needs={SECOND_MOMENT, ABSOLUTE_MEAN})
 class Awq(Rewrite):
     """Scale the columns of a block's linears where the inverse folds exactly into what comes before."""
@@ -78,13 +81,19 @@ class Awq(Rewrite):
 
 
 def power_law(absolute: Tensor, alpha: float) -> Tensor:
-    """``s`` of the formula above: finite and positive also for inputs that are always zero."""
-    factor = absolute.clamp(min=1e-30).pow(alpha).clamp(min=1e-4)
-    return factor / (factor.max() * factor.min()).sqrt()
+    """``s`` of the formula above, finite and positive; an input that was always zero keeps its columns as they are."""
+    import torch
+
+    alive = absolute > 0
+    if not bool(alive.any()):
+        return torch.ones_like(absolute)
+    factor = (absolute / absolute.max()).clamp(min=SMALLEST).pow(alpha)
+    factor = factor / (factor[alive].max() * factor[alive].min()).sqrt()
+    return torch.where(alive, factor, torch.ones_like(factor))
 
 
 def output_error(change: Tensor, statistics: SiteStatistics) -> float:
     """``tr(D H D^T)``."""
-    columns = statistics.columns
+    columns = statistics.inputs
     product = change * columns if columns.dim() == 1 else change @ columns
     return float((product * change).double().sum())

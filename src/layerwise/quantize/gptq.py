@@ -50,7 +50,7 @@ class Gptq(Encoder):
         from layerwise.quantize._rounding import check_statistics, factor, round_with_feedback
 
         check_statistics(weight, statistics)
-        moment = statistics.columns
+        moment = statistics.inputs
         fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=diagonal(moment))
         columns = factor(moment, self.damp, largest_first=self.act_order, reverse=not self.act_order)
         if columns is None:

@@ -43,7 +43,7 @@ class Rtn(Encoder):
         from layerwise.quantize._rounding import check_statistics
 
         check_statistics(weight, statistics)
-        fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=diagonal(statistics.columns))
+        fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=diagonal(statistics.inputs))
         return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
 
     def layout(self, rows: int, columns: int) -> Layout:

@@ -1,0 +1,196 @@
+"""What a finished search left in the work folder: each site's candidates, and where their encodings lie.
+
+A plan picks among them in seconds, for any budget, without touching the network again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from layerwise.calibrate.passes import Calibration
+from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.forms import restore_form
+from layerwise.network.network import Network
+from layerwise.network.overlay import Overlay
+from layerwise.network.safetensors_file import read, read_header
+from layerwise.network.sites import Site
+from layerwise.plan.menu import fitted
+from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
+from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one candidate's stored form lies in the work folder, and the spec that restores it."""
+
+    file: Path
+    place: int
+    spec: dict[str, Any]
+
+    def read(self) -> Encoded:
+        mine = {k: i for k, i in read_header(self.file)[0].items() if k.startswith(f"{self.place}/")}
+        tensors = {k.partition("/")[2].removeprefix("weight"): read(i) for k, i in mine.items()}
+        return restore_form(self.spec, tensors)
+
+
+@dataclass(frozen=True)
+class SiteCandidates:
+    """What the journal knows of a site: its kept candidates, where their encodings lie, and its coverage."""
+
+    site: Site
+    candidates: tuple[Candidate, ...]
+    stored: tuple[Stored, ...]
+    tokens: int
+    reached: bool
+
+    def fetch(self, recipe: str) -> Encoded:
+        """Read the stored form of one candidate from the work folder."""
+        return self.stored[[c.recipe for c in self.candidates].index(recipe)].read()
+
+    def of(self, label: str) -> tuple[Candidate, ...]:
+        """The candidates of one alternative of the site's block."""
+        return tuple(c for c in self.candidates if chain_of(c.recipe) == label)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Every site's candidates, in the order of the site tree.
+
+    folder:  where the encodings lie.
+    refused: block -> chain of rewrites -> the sentence with which it was refused there.
+    """
+
+    network: Network
+    sites: dict[str, SiteCandidates]
+    folder: Path
+    refused: dict[str, dict[str, str]]
+
+    def tree(self) -> Node:
+        """The site tree for the solver.
+
+        A block is the sum of its linears, or a choice between such sums where rewrites offer alternatives; everything
+        else hangs off the network.
+        """
+        children: list[Node] = []
+        blocks: dict[str, list[SiteCandidates]] = {}
+        for name, found in self.sites.items():
+            if found.site.block is None:
+                children.append(Leaf(name, found.candidates))
+            else:
+                blocks.setdefault(found.site.block, []).append(found)
+        children += [block_node(block, members) for block, members in blocks.items()]
+        return Sum("network", tuple(children))
+
+    def plain(self, recipes: Mapping[str, str]) -> dict[str, Tensor]:
+        """Parameter -> value, for what the chosen alternatives changed outside the sites: norms and biases."""
+        values: dict[str, Tensor] = {}
+        for block, label in self.alternatives(recipes).items():
+            values |= kept_values(self.folder, block, label, "plain")
+        return values
+
+    def alternatives(self, recipes: Mapping[str, str]) -> dict[str, str]:
+        """Block -> chain of rewrites, for the blocks that the recipes take rewritten."""
+        chosen = {found.site.block: chain_of(recipes[name]) for name, found in self.sites.items() if found.site.block}
+        return {block: label for block, label in chosen.items() if block is not None and label != AS_IS}
+
+
+def block_node(block: str, members: Sequence[SiteCandidates]) -> Node:
+    """A block's alternatives: those that have a candidate at each of its sites."""
+    labels = dict.fromkeys(chain_of(c.recipe) for found in members for c in found.candidates)
+    options = tuple(
+        (label, Sum(block, tuple(Leaf(found.site.name, found.of(label)) for found in members)))
+        for label in labels
+        if all(found.of(label) for found in members)
+    )
+    return options[0][1] if len(options) == 1 and options[0][0] == AS_IS else Choice(block, options)
+
+
+def size_range(node: Node) -> tuple[int, int]:
+    """Bytes of the smallest and of the largest plan below a node."""
+    if isinstance(node, Leaf):
+        sizes = [c.bytes for c in node.candidates]
+        return min(sizes), max(sizes)
+    if isinstance(node, Sum):
+        ranges = [size_range(child) for child in node.children]
+        return sum(low for low, _ in ranges), sum(high for _, high in ranges)
+    ranges = [size_range(option) for _, option in node.options]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def encodings_folder(calibration: Calibration, stage: str) -> Path:
+    """Where a stage keeps its encodings."""
+    return calibration.folder / re.sub(r"[^A-Za-z0-9_=-]+", "-", stage)
+
+
+def encodings_file(folder: Path, site: str, label: str) -> Path:
+    """Where a stage keeps a site's encodings under one alternative of its block."""
+    return folder / f"{site}{suffix_of(label)}.safetensors"
+
+
+def statistics_file(folder: Path, site: str, label: str) -> Path:
+    """Where a stage keeps what encoders saw at a site."""
+    return folder / f"{site}{suffix_of(label)}.statistics"
+
+
+def read_candidates(calibration: Calibration, stage: str = "candidates") -> Candidates:
+    """All finished units of the journal, as candidates in the order of the site tree."""
+    entries: dict[str, Any] = {}
+    refused: dict[str, dict[str, str]] = {}
+    for unit in calibration.units():
+        entries.update(calibration.journal[f"{stage}/{unit}"])
+        refused[unit] = calibration.journal[f"{stage}/{unit}/refused"]
+    folder = encodings_folder(calibration, stage)
+    sites = {}
+    for site in calibration.network.tree.sites:
+        if site.name in entries:
+            entry = entries[site.name]
+            sites[site.name] = SiteCandidates(
+                site,
+                tuple(Candidate(c["recipe"], c["bytes"], c["damage"]) for c in entry["candidates"]),
+                tuple(
+                    Stored(encodings_file(folder, site.name, chain_of(c["recipe"])), c["place"], c["spec"])
+                    for c in entry["candidates"]
+                ),
+                entry["tokens"],
+                entry["reached"],
+            )
+    return Candidates(calibration.network, sites, folder, refused)
+
+
+def all_damages(calibration: Calibration, stage: str = "candidates") -> dict[str, list[Candidate]]:
+    """Every candidate that was encoded, the dominated ones too, for reports and comparisons."""
+    out: dict[str, list[Candidate]] = {}
+    for unit in calibration.units():
+        for name, entry in calibration.journal[f"{stage}/{unit}"].items():
+            out[name] = [Candidate(c["recipe"], c["bytes"], c["damage"]) for c in entry["dominated"]]
+    return out
+
+
+Fetches = dict[str, Callable[[], Encoded]]
+
+
+def fetches(candidates: Candidates, recipes: Mapping[str, str]) -> Fetches:
+    """Site -> a function that reads the chosen stored form from the work folder."""
+    return {name: partial(candidates.sites[name].fetch, recipe) for name, recipe in recipes.items()}
+
+
+def overlay(candidates: Candidates, recipes: Mapping[str, str]) -> Overlay:
+    """The network's weights with every site as its recipe stores it, and what rewrites changed beside the sites."""
+    return Overlay(candidates.network, fetches(candidates, recipes), candidates.plain(recipes))
+
+
+def uniform_plan(candidates: Candidates, linear: str, table: str) -> dict[str, str]:
+    """The recipes of a uniform setting: one for linears, one for tables and heads, the rest as it must be."""
+    chosen = {}
+    for name, found in candidates.sites.items():
+        wanted = fitted(linear if found.site.kind == "linear" else table, found.site.columns)
+        recipes = [c.recipe for c in found.candidates]
+        chosen[name] = wanted if wanted in recipes else recipes[-1] if len(recipes) == 1 else wanted
+    return chosen

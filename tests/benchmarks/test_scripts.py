@@ -1,0 +1,96 @@
+"""The benchmark scripts start, and the comparison of quality runs from end to end on a tiny network."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "--json" in shown and script.__doc__.splitlines()[0][:30] in " ".join(shown.split())
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """Sentences that the ``sentences`` fixture does not hold."""
+    from tests.conftest import made_up_sentences
+
+    file = tmp_path / "held-out.txt"
+    file.write_text("\n".join(made_up_sentences(60, seed=8)) + "\n", encoding="utf-8")
+    return file
+
+
+def test_quality(tiny_llama: Path, sentences: Path, held_out: Path, tmp_path: Path) -> None:
+    from benchmarks.quality import main
+
+    found, page = tmp_path / "found.json", tmp_path / "found.md"
+    code = main(
+        [
+            str(tiny_llama), "--calibrate", str(sentences), "--evaluate", str(held_out), "--exclude", str(held_out),
+            "--bits", "4", "--seeds", "0", "--baselines", "rtn", "--techniques", "rtn", "--sequences", "24",
+            "--length", "64", "--threads", "1", "--workers", "1", "--work", str(tmp_path / "work"), "--discard",
+            "--quiet", "--json", str(found), "--markdown", str(page),
+        ]
+    )  # fmt: skip
+    assert code == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert [(row["scope"], row["metric"]) for row in rows] == [
+        ("all bytes", "kl"), ("all bytes", "perplexity"), ("linears only", "kl"), ("linears only", "perplexity"),
+    ]  # fmt: skip
+    for row in rows:
+        assert 0 < row["bytes"] <= row["baseline bytes"]
+        assert row["ratio"] == pytest.approx(row["of plan"] / row["of baseline"])
+    assert rows[0]["predicted"] > 0
+    assert page.read_text().count("\n| ") > len(rows)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_only_keeps_the_named_sites() -> None:
+    from benchmarks.quality import only
+
+    from layerwise.plan.tree import Candidate, Choice, Leaf, Sum, leaves
+
+    def leaf(name: str) -> Leaf:
+        return Leaf(name, (Candidate("dense", 8, 0.0),))
+
+    block = Choice("block", (("as is", Sum("block", (leaf("a"), leaf("b")))), ("awq", Sum("block", (leaf("a"),)))))
+    left = only(Sum("network", (leaf("table"), block)), {"a"})
+    assert [found.name for found in leaves(left)] == ["a", "a"]
+
+
+def test_excluded_lines_leave_the_calibration_text(tmp_path: Path) -> None:
+    from benchmarks.runs import texts
+
+    calibrate, pairs = tmp_path / "calibrate.txt", tmp_path / "pairs.csv"
+    calibrate.write_text("a line that stays\na line that goes\n", encoding="utf-8")
+    pairs.write_text("a line that goes,another one,3.5\nfirst,second,1.0\n", encoding="utf-8")
+    given = type("Given", (), {})()
+    given.network, given.calibrate, given.evaluate, given.exclude, given.quiet = (
+        "tiny", str(calibrate), str(pairs), str(pairs), True,
+    )  # fmt: skip
+    with texts(given) as (filtered, evaluate):
+        assert Path(filtered).read_text(encoding="utf-8") == "a line that stays\n"
+        assert evaluate == str(pairs)
+    assert not Path(filtered).exists()
+
+
+def test_the_command_is_shown_without_where_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.tables import ROOT, command
+
+    monkeypatch.setattr(
+        "sys.argv",
+        [str(ROOT / "benchmarks" / "quality.py"), "net", "--json", "a.json", "--markdown=b.md", "--bits", "4"],
+    )
+    assert command() == "python benchmarks/quality.py net --bits 4"
