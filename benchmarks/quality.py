@@ -27,16 +27,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import Run, add_run_options, opened, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
-from layerwise.apply import predicted_bytes
+from layerwise.apply import linear_bytes, predicted_bytes
+from layerwise.calibrate.inputs import input_parts
+from layerwise.calibrate.passes import reverse_uniform
+from layerwise.candidates import find_candidates
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.sentences import spearman
-from layerwise.kept import fetches, overlay
+from layerwise.kept import fetches, overlay, uniform_plan
 from layerwise.network.overlay import Fetch, Overlay
+from layerwise.plan.menu import Menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Choice, Leaf, Node, Sum
 from layerwise.prepare import site_bytes
-from layerwise.technique import parse_recipe
-from layerwise.uniform import Baseline, encode_uniform, uniform_choice
+from layerwise.technique import GRADIENT_MOMENT, parse_recipe
+from layerwise.uniform import Baseline, encode_uniform, uniform_choice, unreached_recipes
 
 GROUP = 64
 LOWER_IS_BETTER = ("kl", "perplexity", "distance")
@@ -83,11 +87,11 @@ def rows_of_seed(run: Run, seed: int, bits: Sequence[int], techniques: Sequence[
     variants: dict[str, Overlay] = {}
     pairs: list[tuple[int, str, Baseline, Rival]] = []
     plans: dict[int, Rival] = {}  # by budget: baselines of one grid have one size
+    uniform = {technique: encode_widths(run, technique, bits) for technique in techniques}
     for width in bits:
         for technique in techniques:
-            recipe = str(parse_recipe(f"{technique}:bits={width},group={GROUP}"))
-            baseline = encode_uniform(run.prepared, run.calibration, run.candidates, recipe, "same", run.watch)
-            variants[recipe] = baseline.weights
+            baseline = uniform[technique][width]
+            variants[baseline.recipe] = baseline.weights
             if baseline.bytes not in plans:
                 plans[baseline.bytes] = plan_all(run, baseline, variants)
             for rival in (plans[baseline.bytes], plan_linears(run, baseline, variants)):
@@ -106,11 +110,38 @@ def rows_of_seed(run: Run, seed: int, bits: Sequence[int], techniques: Sequence[
     ]
 
 
+def encode_widths(run: Run, technique: str, bits: Sequence[int]) -> dict[int, Baseline]:
+    """What ``encode_uniform`` makes of each width, in one pass over the network instead of one a width."""
+    recipes = {width: parse_recipe(f"{technique}:bits={width},group={GROUP}") for width in bits}
+    linears = {width: uniform_recipes(recipe, "same")[0] for width, recipe in recipes.items()}
+    tables = {width: str(parse_recipe(uniform_recipes(recipe, "same")[1])) for width, recipe in recipes.items()}
+    needs_gradients = any(GRADIENT_MOMENT in recipe.needs for recipe in recipes.values())
+    found = find_candidates(
+        run.calibration,
+        Menu(tuple(linears.values()), tuple(tables.values())),
+        run.prepared.options.workers,
+        run.watch,
+        f"baselines {technique} {' '.join(map(str, bits))}",
+        unreached_recipes(run.candidates),
+        reverse_uniform if needs_gradients else input_parts,
+    )
+    network, out = run.prepared.network, {}
+    for width, recipe in recipes.items():
+        chosen = uniform_plan(found, linears[width], tables[width])
+        if all(name in [c.recipe for c in found.sites[site].candidates] for site, name in chosen.items()):
+            size = predicted_bytes(network, chosen)
+            out[width] = Baseline(str(recipe), size, linear_bytes(network, chosen), overlay(found, chosen))
+        else:  # at some site a narrower width was the better one, so that this one was not kept
+            args = run.prepared, run.calibration, run.candidates, str(recipe), "same", run.watch
+            out[width] = encode_uniform(*args)
+    return out
+
+
 def plan_all(run: Run, baseline: Baseline, variants: dict[str, Overlay]) -> Rival:
     """The best plan that is no larger than the baseline."""
     network = run.prepared.network
     allocation = Pareto().allocate(run.candidates.tree(), baseline.bytes - run.prepared.range.fixed)
-    recipes = chosen(allocation)
+    recipes = recipes_of(allocation)
     name = f"plan {baseline.bytes}"
     variants[name] = overlay(run.candidates, recipes)
     return Rival("all bytes", predicted_bytes(network, recipes), allocation.damage, name)
@@ -125,7 +156,7 @@ def plan_linears(run: Run, baseline: Baseline, variants: dict[str, Overlay]) -> 
     taken = sum(site_bytes(network.tree.find(name), uniform[name], network) for name in tables)
     tree = only(run.candidates.tree(), linears)
     allocation = Pareto().allocate(tree, baseline.bytes - run.prepared.range.fixed - taken)
-    recipes = chosen(allocation)
+    recipes = recipes_of(allocation)
     size = predicted_bytes(network, {**{name: uniform[name] for name in tables}, **recipes})
     name = f"linears {baseline.bytes} {digest_of(tables)}"
     stored = {**tables, **fetches(run.candidates, recipes)}
@@ -133,7 +164,7 @@ def plan_linears(run: Run, baseline: Baseline, variants: dict[str, Overlay]) -> 
     return Rival("linears only", size, None, name)
 
 
-def chosen(allocation: Allocation) -> dict[str, str]:
+def recipes_of(allocation: Allocation) -> dict[str, str]:
     return {name: candidate.recipe for name, candidate in allocation.sites.items()}
 
 

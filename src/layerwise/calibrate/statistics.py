@@ -29,13 +29,18 @@ head           E[p (1 - p)] (diagonal)  H = E[x x^T]                c * n_site /
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 LARGEST_FULL_SIDE = 16_384  # a wider side keeps only its diagonal
+LARGEST_REMEMBERED = 2_048  # a wider side's factors are computed anew for every candidate: they would fill the memory
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,18 @@ class SiteStatistics:
     """All uses of one site's matrix; most sites have one."""
 
     uses: tuple[Use, ...]
+    _derived: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+
+    def remembered(self, key: object, width: int, make: Callable[[], Derived]) -> Derived:
+        """``make()``, computed once per ``key`` for all candidates of the site unless ``width`` is large.
+
+        Two threads may both compute it; they get equal values.
+        """
+        if width > LARGEST_REMEMBERED:
+            return make()
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]  # type: ignore[return-value]
 
     @cached_property
     def columns(self) -> Tensor:

@@ -57,12 +57,20 @@ class TwoSided(Encoder):
         from layerwise.quantize._rounding import check_statistics, factor, round_with_feedback
 
         check_statistics(weight, statistics)
-        columns = factor(statistics.columns, self.damp, largest_first=self.ordered)
+        columns = statistics.remembered(
+            ("columns", self.damp, self.ordered),
+            weight.shape[1],
+            lambda: factor(statistics.columns, self.damp, largest_first=self.ordered),
+        )
         importance = diagonal(statistics.columns) if columns is None else columns.importance()
         fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=importance)
         if columns is None:
             return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
-        rows = factor(statistics.rows, self.row_damp, largest_first=self.ordered)
+        rows = statistics.remembered(
+            ("rows", self.row_damp, self.ordered),
+            weight.shape[0],
+            lambda: factor(statistics.rows, self.row_damp, largest_first=self.ordered),
+        )
         codes = round_with_feedback(weight, fitted, columns, rows, sweeps=self.sweeps)
         return GroupedInteger.from_codes(codes, fitted)
 
