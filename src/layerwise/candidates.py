@@ -15,7 +15,7 @@ from torch import Tensor
 from layerwise.calibrate.inputs import input_parts
 from layerwise.calibrate.kept import save_statistics
 from layerwise.calibrate.passes import Calibration, Fitted, Part, reverse
-from layerwise.calibrate.statistics import SiteStatistics
+from layerwise.calibrate.statistics import SiteStatistics, merged
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
 from layerwise.engine.progress import Progress
 from layerwise.engine.workers import each
@@ -49,19 +49,20 @@ def find_candidates(
     stage: str = "candidates",
     only: Mapping[str, str] | None = None,
     parts: Callable[[Calibration, set[str]], Iterable[Part]] = reverse,
-    sequential: bool = False,
+    again: bool = False,
 ) -> Candidates:
     """Run the reverse pass, or what is left of it, and encode every candidate.
 
     stage:      name of the journal's units.
     only:       site -> the one recipe to encode there (``--redo``, ``--fix``).
     parts:      where statistics come from: ``reverse``, ``reverse_uniform`` or, without gradients, ``input_parts``.
-    sequential: keep what encoders see at every site, for ``layerwise.sequential``.
+    again: keep the statistics of every site, so that the chosen recipes can be encoded again (``layerwise.refit``,
+                ``layerwise.sequential``).
 
     Raises ``InputError`` for a rewrite that no block of the network has a place for.
     """
     network, journal, only = calibration.network, calibration.journal, only or {}
-    needed = ("", "/statistics") if sequential else ("",)
+    needed = ("", "/statistics") if again else ("",)
     finished = {u for u in calibration.units() if all(journal.has(f"{stage}/{u}{n}") for n in needed)}
     folder = encodings_folder(calibration, stage)
     folder.mkdir(exist_ok=True)
@@ -81,13 +82,13 @@ def find_candidates(
                     for s in sites_of(network, part)
                 }
                 if alternative is not None:
-                    keep_alternative(folder, part.unit, alternative, sequential)
+                    keep_alternative(folder, part.unit, alternative, again)
                 encode_alternative(network, part, alternative, recipes, folder, workers, entry)
-                if sequential:
+                if again:
                     for name, fitted in (alternative or part).sites.items():
-                        save_statistics(statistics_file(folder, name, label), fitted.fit)
+                        save_statistics(statistics_file(folder, name, label), merged(fitted.fit, fitted.judge))
             journal.record(f"{stage}/{part.unit}/refused", refused)
-            if sequential:
+            if again:
                 journal.record(f"{stage}/{part.unit}/statistics", None)
             journal.record(f"{stage}/{part.unit}", entry)
             advance()

@@ -29,6 +29,7 @@ from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, check_disk, prepare
 from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
+from layerwise.refit import refit
 from layerwise.sequential import propagate
 from layerwise.uniform import Baseline, find_baseline
 
@@ -136,10 +137,14 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
         allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
         advance()
     chosen = {name: c.recipe for name, c in allocation.sites.items()}
-    written = candidates
     if options.sequential:
-        batches = prepared.splits.all if options.uniform else prepared.splits.fit
+        splits = prepared.splits
+        batches = splits.all if options.uniform else (*splits.fit, *splits.judge)
         written = propagate(calibration, candidates, chosen, batches, options.workers, watch)
+    elif options.uniform:
+        written = candidates  # encoded on all tokens already
+    else:
+        written = refit(calibration, candidates, chosen, options.workers, watch)
     out = Path(options.out)
     with staged(out, options.force) as part:
         with watch.stage("write", 1) as advance:
@@ -166,7 +171,7 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
     forward(calibration, watch)
     return find_candidates(
         calibration, prepared.menu, options.workers, watch, "uniform" if options.uniform else "candidates",
-        prepared.only, reverse_uniform if options.uniform else reverse, options.sequential,
+        prepared.only, reverse_uniform if options.uniform else reverse, options.sequential or not options.uniform,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ class Moment:
         self.sum = torch.zeros(width) if self.only_diagonal else torch.zeros(width, width)
         self.absolute = torch.zeros(width)
         self.count = 0
+        self.closed = False
 
     def add(self, vectors: Tensor) -> None:
         """``vectors``: ``[tokens, n]``."""
@@ -34,15 +35,12 @@ class Moment:
         self.absolute += vectors.abs().sum(0).cpu()
         self.count += len(vectors)
 
-    def merge(self, other: Moment) -> Moment:
-        """The moment over both sets of vectors."""
-        joint = Moment(len(self.absolute), self.only_diagonal)
-        joint.sum, joint.absolute = self.sum + other.sum, self.absolute + other.absolute
-        joint.count = self.count + other.count
-        return joint
-
     def mean(self) -> Tensor:
-        return self.sum / max(1, self.count)
+        """The moment. Divides the sum in place, so nothing may be added afterwards and memory is not taken twice."""
+        if not self.closed:
+            self.sum /= max(1, self.count)
+            self.closed = True
+        return self.sum
 
     def absolute_mean(self) -> Tensor:
         return self.absolute / max(1, self.count)

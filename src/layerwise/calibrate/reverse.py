@@ -52,7 +52,10 @@ class SplitMoments:
     terms: int = 0
 
     def statistics(self, name: str, constant: float) -> SiteStatistics:
-        """The site's use, as the table in ``calibrate/statistics.py`` has it; moments shrunk where few tokens came."""
+        """The site's use, as the table in ``calibrate/statistics.py`` has it; moments shrunk where few tokens came.
+
+        Sums become means in place: to be called once, when all batches are in.
+        """
         watched = self.sites[name]
         tokens = watched.inputs.count
         inputs = shrunk(watched.inputs.mean(), tokens)
@@ -60,8 +63,8 @@ class SplitMoments:
             rows, columns, scale = watched.gradients.mean(), inputs, constant * tokens / max(1, self.terms)
         else:
             examples = watched.samples / DRAWS
-            rows = shrunk(watched.left / watched.left_samples, tokens)
-            columns = shrunk(watched.right / watched.samples, tokens)
+            rows = shrunk(watched.left.div_(watched.left_samples), tokens)
+            columns = shrunk(watched.right.div_(watched.samples), tokens)
             size = float(diagonal(rows).double().sum())
             scale = constant * examples / (max(1, self.terms) * size) if size > 0 else 0.0
         use = Use(

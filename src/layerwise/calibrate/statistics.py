@@ -130,3 +130,28 @@ def sum_of_sides(terms: list[tuple[float, Tensor]]) -> Tensor:
     """Weighted sum; diagonal only if every term is."""
     whole = any(side.dim() == 2 for _, side in terms)
     return torch.stack([w * (torch.diag(s) if whole and s.dim() == 1 else s) for w, s in terms]).sum(0)
+
+
+def merged(a: SiteStatistics, b: SiteStatistics) -> SiteStatistics:
+    """Statistics over the tokens of both, each weighing by its tokens: what a final encoding sees."""
+    if a is b:
+        return a
+    return SiteStatistics(tuple(_merged_use(x, y) for x, y in zip(a.uses, b.uses, strict=True)))
+
+
+def _merged_use(a: Use, b: Use) -> Use:
+    share = a.tokens / max(1, a.tokens + b.tokens)
+    scale = share * a.scale + (1 - share) * b.scale
+    of_rows = share * a.scale / scale if scale > 0 else share  # so that scale * rows is the mean of both
+
+    def mean(x: Tensor, y: Tensor, weight: float) -> Tensor:
+        return torch.lerp(y, x, weight)
+
+    return Use(
+        rows=mean(a.rows, b.rows, of_rows),
+        columns=mean(a.columns, b.columns, share),
+        inputs=mean(a.inputs, b.inputs, share),
+        absolute_mean=mean(a.absolute_mean, b.absolute_mean, share),
+        scale=scale,
+        tokens=a.tokens + b.tokens,
+    )
