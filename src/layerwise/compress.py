@@ -31,6 +31,7 @@ from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit
 from layerwise.sequential import propagate
+from layerwise.technique import SECOND_MOMENT, parse_recipe
 from layerwise.uniform import Baseline, find_baseline
 
 
@@ -96,11 +97,18 @@ def begin(prepared: Prepared, folder: Path, fingerprint: str) -> Calibration:
     torch.set_num_threads(prepared.options.threads)
     journal = Journal(folder, identity_of(identity(prepared, fingerprint)))
     calibration = Calibration(
-        prepared.network, prepared.loss, prepared.splits, journal, prepared.options.seed, prepared.options.device
-    )
+        prepared.network, prepared.loss, prepared.splits, journal, prepared.options.seed, prepared.options.device,
+        needs_whole_inputs(prepared),
+    )  # fmt: skip
     for entry in prepared.options.redo:
         redo(calibration, entry.partition("=")[0])
     return calibration
+
+
+def needs_whole_inputs(prepared: Prepared) -> bool:
+    """Whether a technique that may run minimises ``tr(D H D^T)`` itself, and so needs ``H`` whole."""
+    recipes = (*prepared.menu.linear, *prepared.menu.table, *prepared.only.values())
+    return any(SECOND_MOMENT in parse_recipe(recipe).needs for recipe in recipes)
 
 
 def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:

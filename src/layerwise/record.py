@@ -26,8 +26,8 @@ from layerwise.rewriting import AS_IS
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
-SAMPLED_SITES = 12
-SAMPLED_TOKENS = 4096
+SAMPLED_SITES = 10
+SAMPLED_TOKENS = 2048
 
 
 def make_evidence(

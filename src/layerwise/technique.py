@@ -38,7 +38,8 @@ FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tu
 
 # What a technique may ask to have measured at its site (``needs``).
 SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
-GRADIENT_MOMENT = "second moment of the gradients"  # G = E[g g^T]
+INPUT_SQUARES = "second moment of each input alone"  # diag H
+GRADIENT_MOMENT = "marginals of the gradient with respect to the weight"  # R = E[M M^T], C = E[M^T M]
 ABSOLUTE_MEAN = "absolute mean of the inputs"  # E|x|
 
 

@@ -25,11 +25,12 @@ def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator
     for unit in calibration.units():
         if unit in finished:
             continue
-        moments = SplitMoments()
         if unit == TABLES:
             sites = [s for s in network.tree.sites if s.kind == "table"]
         else:
             sites = [s for s in network.tree.of_block(None if unit == TAIL else unit) if s.kind in ("linear", "head")]
+        moments = SplitMoments(frozenset(s.name for s in sites))
+        if unit != TABLES:
             _watch(calibration, streamer, unit, sites, moments)
         yield Part(unit, {s.name: _alike(s, moments) for s in sites}, frozenset())
 

@@ -38,7 +38,8 @@ class Moment:
     def mean(self) -> Tensor:
         """The moment. Divides the sum in place, so nothing may be added afterwards and memory is not taken twice."""
         if not self.closed:
-            self.sum /= max(1, self.count)
+            count = max(1, self.count)
+            self.sum = self.sum / count if self.sum.is_inference() else self.sum.div_(count)
             self.closed = True
         return self.sum
 

@@ -65,6 +65,7 @@ class Calibration:
     journal: Journal
     seed: int
     device: str = "cpu"
+    whole_inputs: bool = True  # some technique asks for E[x x^T] and not only for its diagonal
 
     @property
     def folder(self) -> Path:
@@ -180,7 +181,7 @@ def _run_unit(
     index = network.tree.blocks.index(unit)
     found = reverse_block(
         streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index],
-        tokens_alone=loss.kind == "token kl",
+        tokens_alone=loss.kind == "token kl", whole_inputs=calibration.whole_inputs,
     )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]

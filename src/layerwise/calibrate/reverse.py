@@ -24,7 +24,7 @@ from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 DRAWS = 4  # sampled gradients per loss term
-LEFT_DRAWS = 2  # of which this many enter E[M M^T]: it costs a product a draw, and tokens give samples enough
+LEFT_DRAWS = 1  # of which this many enter E[M M^T]: it costs a product a draw, and tokens give samples enough
 
 
 @dataclass
@@ -46,8 +46,12 @@ class Watched:
 
 @dataclass
 class SplitMoments:
-    """Moments per site of one split. Sites that share an input share its moment."""
+    """Moments per site of one split. Sites that share an input share its moment.
 
+    whole: sites where E[x x^T] is gathered whole; elsewhere its diagonal is enough.
+    """
+
+    whole: frozenset[str]
     sites: dict[str, Watched] = field(default_factory=dict)
     terms: int = 0
 
@@ -114,7 +118,7 @@ def add_inputs(moments: SplitMoments, seen: dict[str, tuple[Tensor, Tensor]], ba
         key = given.data_ptr()
         if key not in measured:
             watched = moments.sites.get(name)
-            moment = watched.inputs if watched else Moment(given.shape[-1])
+            moment = watched.inputs if watched else Moment(given.shape[-1], only_diagonal=name not in moments.whole)
             moment.add(counted_rows(given.detach(), batch))
             measured[key] = moment
         if name not in moments.sites:
@@ -137,11 +141,13 @@ def reverse_block(
     gradients_out: Boundary,
     gradients_in: Boundary,
     tokens_alone: bool,
+    whole_inputs: bool = True,
 ) -> dict[str, SplitMoments]:
     """Moments of a block's linears per split; writes the gradients at the block's input, ``[draws, …]`` a batch."""
     path = streamer.network.tree.blocks[index]
     names = {s.name.removeprefix(path + "."): s.name for s in streamer.network.tree.of_block(path)}
-    found = {split: SplitMoments() for split in dict.fromkeys(split_of)}
+    whole = frozenset(names.values()) if whole_inputs else frozenset()
+    found = {split: SplitMoments(whole) for split in dict.fromkeys(split_of)}
 
     def run() -> Iterator[Tensor]:
         with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
@@ -257,7 +263,7 @@ def reverse_tail(
     names = {s.name: s.name for s in network.tree.of_block(None) if s.kind == "linear"}
     if head is not None:
         names[head] = head
-    found = {split: SplitMoments() for split in dict.fromkeys(split_of)}
+    found = {split: SplitMoments(frozenset(names)) for split in dict.fromkeys(split_of)}
     vocabulary = network.module.get_parameter(f"{head}.weight").shape[0] if head else 1
 
     def run() -> Iterator[Tensor]:

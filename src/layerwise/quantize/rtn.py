@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import SECOND_MOMENT, Encoder, option, technique
+from layerwise.technique import INPUT_SQUARES, Encoder, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from layerwise.encoding.grid import Grid
 
 
-@technique(paper="RTN", needs={SECOND_MOMENT})
+@technique(paper="RTN", needs={INPUT_SQUARES})
 class Rtn(Encoder):
     """Round every weight to the nearest point of its group's grid; the floor that others must beat."""
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import GRADIENT_MOMENT, SECOND_MOMENT, Encoder, option, technique
+from layerwise.technique import GRADIENT_MOMENT, Encoder, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from layerwise.encoding.grid import Grid
 
 
-@technique(paper="TWO-SIDED", needs={SECOND_MOMENT, GRADIENT_MOMENT})
+@technique(paper="TWO-SIDED", needs={GRADIENT_MOMENT})
 class TwoSided(Encoder):
     """Rounding against the loss itself: errors absorbed along the inputs and along the outputs."""
 
