@@ -207,10 +207,10 @@ def test_the_export_needs_no_layerwise(run: Run, tmp_path: Path) -> None:
 
 
 def test_quality_loss_is_kept(run: Run, sentences: Path, tmp_path: Path) -> None:
-    """Half of the loss that the middle of the range has: a larger file, and within the tolerance on steering text."""
+    """A quarter of the loss that the middle of the range has: a larger file, within the tolerance on steering text."""
     name = run.evidence["loss"]["name"]
     measured = run.evidence["predicted"]["measured"]
-    asked = f"{name}:{measured / 2:.3g}"
+    asked = f"{name}:{measured / 4:.3g}"
     found = finished(run.model, tmp_path / "OUT", sentences, "--quality-loss", asked, "--no-baseline")
     assert found.size > run.size
     assert found.evidence["predicted"]["measured"] < measured
@@ -236,7 +236,10 @@ def test_another_budget_repeats_no_pass(kept: tuple[Run, Path], sentences: Path,
     found = finished(
         run.model, tmp_path / "OUT", sentences, "--budget", "4.4bpw", "--no-baseline", "--work", work
     )  # fmt: skip
-    assert (work / "journal.jsonl").read_bytes() == journal
+    grown = (work / "journal.jsonl").read_bytes()
+    assert grown.startswith(journal)
+    added = [json.loads(line)["unit"] for line in grown[len(journal) :].splitlines()]
+    assert added and all(unit.startswith("refit/") for unit in added)
     assert found.size < run.size and found.plan["predicted"]["damage"] > run.plan["predicted"]["damage"]
     from_scratch = finished(run.model, tmp_path / "OUT2", sentences, "--budget", "4.4bpw", "--no-baseline")
     assert digests(found.out) == digests(from_scratch.out)
@@ -325,7 +328,7 @@ def test_redo_repeats_one_unit(kept: tuple[Run, Path], sentences: Path, tmp_path
         {json.loads(line)["unit"]: line for line in (folder / "journal.jsonl").read_text().splitlines()}
         for folder in (work, copy)
     ]
-    assert units[0].keys() == units[1].keys()
+    assert all(unit.startswith("refit/") for unit in units[1].keys() - units[0].keys())
     assert [u for u in units[0] if units[0][u] != units[1][u]] == ["candidates/model.layers.1"]
 
 
