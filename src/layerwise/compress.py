@@ -26,10 +26,10 @@ from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.prepare import Options, Prepared, check_disk, prepare
+from layerwise.prepare import Options, Prepared, check_disk, keeps_statistics, prepare
 from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
-from layerwise.refit import refit
+from layerwise.refit import refit, refit_by_pass
 from layerwise.sequential import propagate
 from layerwise.technique import SECOND_MOMENT, parse_recipe
 from layerwise.uniform import Baseline, find_baseline
@@ -74,12 +74,23 @@ def start(options: Options, watch: Stopwatch) -> tuple[Prepared, Calibration, st
         check_disk(prepared, folder)
         fingerprint = prepared.network.checkpoint.fingerprint()
         advance()
+    watch.note(reach(prepared))
     with watch.stage("check weights", 1) as advance:
         prepared.network.checkpoint.check_finite()
         advance()
     if options.plan:
         read_plan(options.plan).check_against(s.name for s in prepared.network.tree.sites)
     return prepared, begin(prepared, folder, fingerprint), fingerprint
+
+
+def reach(prepared: Prepared) -> str:
+    """What sizes this run can reach, in one line."""
+    parameters, sizes = prepared.network.tree.parameters, prepared.range
+
+    def size(count: int) -> str:
+        return f"{count / 1e6:.2f} MB ({8 * count / parameters:.2f}bpw)"
+
+    return f"reachable sizes: {size(sizes.smallest)} to {size(sizes.largest)}"
 
 
 def work_folder(options: Options) -> Path:
@@ -152,11 +163,15 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
     elif options.uniform:
         written = candidates  # encoded on all tokens already
     else:
-        written = refit(calibration, candidates, chosen, options.workers, watch)
+        keeps = keeps_statistics(options, prepared.network)
+        again = refit if keeps else refit_by_pass
+        written = again(calibration, candidates, chosen, options.workers, watch)
     out = Path(options.out)
     with staged(out, options.force) as part:
         with watch.stage("write", 1) as advance:
             applied = apply_plan(prepared, written, allocation, tree, budget, part, fingerprint)
+            if options.uniform or options.plan:
+                budget = applied.bytes  # nothing was asked but the recipes themselves
             advance()
         baseline = None
         if options.baseline and not options.uniform:
@@ -179,7 +194,8 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
     forward(calibration, watch)
     return find_candidates(
         calibration, prepared.menu, options.workers, watch, "uniform" if options.uniform else "candidates",
-        prepared.only, reverse_uniform if options.uniform else reverse, options.sequential or not options.uniform,
+        prepared.only, reverse_uniform if options.uniform else reverse,
+        keeps_statistics(options, prepared.network),
     )  # fmt: skip
 
 

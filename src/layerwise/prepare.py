@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.calibrate.reverse import DRAWS
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.candidates import largest_file, plain_recipe, stored_bytes
@@ -31,6 +32,7 @@ from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
 from layerwise.technique import parse_recipe
 
+LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass
 METADATA = {"format": "pt"}
 
 
@@ -309,12 +311,28 @@ def check_disk(prepared: Prepared, folder: Path) -> None:
 
 
 def disk_needed(prepared: Prepared) -> int:
-    """Bytes: block inputs, two boundaries of gradients, candidates, the artifact and its baseline."""
+    """Bytes: block inputs, two boundaries of gradients, statistics, candidates, the artifact and its baseline."""
     network = prepared.network
     width, blocks = hidden_width(network), len(network.tree.blocks)
     padded = sum(b.tokens.numel() for b in prepared.splits.all)
     states = padded * width * 4 * (blocks + 1 + 2 * DRAWS)
-    return states + candidate_bytes(prepared) + 2 * prepared.range.largest
+    kept = statistics_bytes(network) if keeps_statistics(prepared.options, network) else 0
+    return states + kept + candidate_bytes(prepared) + 2 * prepared.range.largest
+
+
+def keeps_statistics(options: Options, network: Network) -> bool:
+    """Whether statistics stay on disk so that the chosen recipes can be encoded again without another pass."""
+    return options.sequential or (not options.uniform and statistics_bytes(network) <= LARGEST_KEPT)
+
+
+def statistics_bytes(network: Network) -> int:
+    """Bytes of all sites' statistics on disk."""
+    return sum(4 * (side(s.rows) + 2 * side(s.columns)) for s in network.tree.sites if s.searched)
+
+
+def side(width: int) -> int:
+    """Values of one side of a site's statistics."""
+    return width**2 if width <= LARGEST_FULL_SIDE else width
 
 
 def candidate_bytes(prepared: Prepared) -> int:

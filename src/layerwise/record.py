@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from layerwise.network.streaming import Batch
 from layerwise.plan.candidates import recipe_bpw
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.prepare import Prepared
+from layerwise.prepare import Options, Prepared
 from layerwise.rewriting import AS_IS
 from layerwise.uniform import Baseline
 
@@ -262,12 +263,18 @@ def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
 
 
 def replan_command(prepared: Prepared) -> str:
-    options = prepared.options
-    work = options.work or "WORK"
-    texts = {"calibrate": options.calibrate, "evaluate": options.evaluate}
-    given = [f"--{k} {v}" for k, v in texts.items() if v and v != "default"]
-    hint = "" if options.work else "   (keep the work folder with --work WORK)"
-    return f"layerwise compress {options.model} OUT2 --budget SIZE --work {work} {' '.join(given)}".rstrip() + hint
+    """The command that plans for another size from the same work folder: every option that the passes depend on."""
+    options, plain = prepared.options, Options(model="")
+    words = ["layerwise", "compress", options.model, "OUT2", "--budget", "SIZE", "--work", options.work or "WORK"]
+    for name in ("calibrate", "evaluate", "sequences", "length", "text_column", "pooling", "seed", "threads", "dtype", "device"):
+        if getattr(options, name) != getattr(plain, name):
+            words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+    if options.techniques:
+        words += ["--techniques", ",".join(options.techniques)]
+    for name in ("keep", "fix"):
+        for value in getattr(options, name):
+            words += [f"--{name}", value]
+    return shlex.join(words) + ("" if options.work else "   (after a run with --work WORK)")
 
 
 def write_reports(folder: Path, evidence: dict[str, Any]) -> None:

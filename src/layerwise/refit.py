@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.calibrate.kept import load_statistics
-from layerwise.calibrate.passes import Calibration
+from layerwise.calibrate.passes import Calibration, reverse_uniform
+from layerwise.candidates import find_candidates
 from layerwise.encoding.encoded import Encoded
 from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Progress
@@ -22,6 +23,7 @@ from layerwise.engine.workers import each
 from layerwise.kept import Candidates, SiteCandidates, Stored, statistics_file
 from layerwise.network.safetensors_file import write
 from layerwise.plan.constraints import is_dense
+from layerwise.plan.menu import Menu
 from layerwise.rewriting import chain_of, kept_values
 from layerwise.technique import parse_recipe
 
@@ -53,6 +55,16 @@ def refit(
                 refitted[name] = replace(found, candidates=(chosen,), stored=(stored,))
             advance()
     return replace(candidates, sites=candidates.sites | refitted)
+
+
+def refit_by_pass(
+    calibration: Calibration, candidates: Candidates, recipes: Mapping[str, str], workers: int, progress: Progress
+) -> Candidates:
+    """The same for a network whose statistics are too large to keep: one more reverse pass, over all tokens."""
+    key = identity_of({"stage": candidates.folder.name, "recipes": dict(recipes)})[:16]
+    return find_candidates(
+        calibration, Menu((), ()), workers, progress, f"refit {key}", recipes, reverse_uniform
+    )  # fmt: skip
 
 
 def needs_refit(candidates: Candidates, name: str, recipe: str) -> bool:

@@ -102,6 +102,10 @@ class Bar:
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
 
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Callable[[], None]]:
         from rich.console import Console

@@ -13,6 +13,9 @@ class Progress(Protocol):
 
     def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[], None]]: ...
 
+    def note(self, text: str) -> None:
+        """Say one thing that the user should know before the work goes on."""
+
 
 class Stopwatch:
     """Silent progress that keeps the seconds of every stage; wraps another progress that shows them."""
@@ -32,3 +35,7 @@ class Stopwatch:
                     yield advance
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def note(self, text: str) -> None:
+        if self.shown is not None:
+            self.shown.note(text)
