@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--gigabytes", type=float, nargs="+", default=[1.0, 2.0], help="sizes of the checkpoints (%(default)s)"
     )
-    parser.add_argument("--dtype", choices=("float16", "float32"), default="float16")
-    for name, default in (("hidden", 1024), ("ff", 2816), ("heads", 16), ("vocabulary", 8192)):
+    parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
+    for name, default in (("hidden", 640), ("ff", 1728), ("heads", 10), ("vocabulary", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--techniques", default="rtn:bits=3,group=64,rtn:bits=4,group=64", help="(%(default)s)")
     parser.add_argument("--budget", default="4bpw")

@@ -91,6 +91,7 @@ def find_candidates(
             if again:
                 journal.record(f"{stage}/{part.unit}/statistics", None)
             journal.record(f"{stage}/{part.unit}", entry)
+            del part, alternatives, alternative  # before the next block is measured
             advance()
     found = read_candidates(calibration, stage)
     refuse_useless(found, chains(menu.linear))

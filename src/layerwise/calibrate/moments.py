@@ -47,19 +47,18 @@ class Moment:
         return self.absolute / max(1, self.count)
 
 
-def shrunk(moment: Tensor, tokens: int) -> Tensor:
+def shrunk(moment: Tensor, tokens: int, in_place: bool = False) -> Tensor:
     """The moment, pulled towards ``mean(diag) I`` where few tokens were seen.
 
     With ``tokens`` below twice the width the weight of what was measured is ``tokens / (2 width)``; the trace, and so
-    the site's total damage, is kept. A well covered site is returned as it is.
+    the site's total damage, is kept. A well covered site is returned as it is. ``in_place`` spares the memory of a copy
+    where nobody else holds the moment.
     """
     wanted = TOKENS_PER_INPUT * len(moment)
     if tokens >= wanted:
         return moment
     trust = tokens / wanted
     prior = (1 - trust) * mean_diagonal(moment)
-    if moment.dim() == 1:
-        return trust * moment + prior
-    out = trust * moment
-    out.diagonal().add_(prior)
+    out = moment.mul_(trust) if in_place else trust * moment
+    (out if out.dim() == 1 else out.diagonal()).add_(prior)
     return out

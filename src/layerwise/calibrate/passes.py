@@ -125,6 +125,7 @@ def reverse(calibration: Calibration, finished: Collection[str], uniform: bool =
         part = _run_unit(calibration, streamer, unit, batches, split_of, inputs, gradients, uniform)
         if unit in wanted:
             yield part
+        del part  # a part is as large as its block's statistics: never two at a time
         if position > 0:
             gradients[unit_input(units, position)].remove()
 

@@ -67,8 +67,8 @@ class SplitMoments:
             rows, columns, scale = watched.gradients.mean(), inputs, constant * tokens / max(1, self.terms)
         else:
             examples = watched.samples / DRAWS
-            rows = shrunk(watched.left.div_(watched.left_samples), tokens)
-            columns = shrunk(watched.right.div_(watched.samples), tokens)
+            rows = shrunk(watched.left.div_(watched.left_samples), tokens, in_place=True)
+            columns = shrunk(watched.right.div_(watched.samples), tokens, in_place=True)
             size = float(diagonal(rows).double().sum())
             scale = constant * examples / (max(1, self.terms) * size) if size > 0 else 0.0
         use = Use(

@@ -247,7 +247,7 @@ def _move_buffers(module: nn.Module, device: torch.device) -> None:
                 member._buffers[name] = buffer.to(device)
 
 
-def rows_at_once(batch: Batch, width: int, limit: int = 16 << 20) -> Sequence[tuple[int, int]]:
+def rows_at_once(batch: Batch, width: int, limit: int = 2 << 20) -> Sequence[tuple[int, int]]:
     """Ranges of sequences so that ``sequences * length * width`` stays below ``limit`` elements (at least one)."""
     count, length = batch.tokens.shape
     step = max(1, limit // max(1, length * width))
