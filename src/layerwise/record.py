@@ -24,6 +24,7 @@ from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared
 from layerwise.rewriting import AS_IS
+from layerwise.technique import parse_recipe
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
@@ -220,7 +221,7 @@ def uniform_points(
     baseline: Baseline | None,
     measured: Mapping[str, Measured],
 ) -> list[dict[str, Any]]:
-    """Predicted damage of one recipe everywhere, for every recipe that all searched sites tried."""
+    """Predicted damage of one recipe everywhere: of those that all searched sites tried, the smallest of each width."""
     damages = all_damages(calibration)
     searched = [n for n, s in candidates.sites.items() if s.reached]
     shared = set.intersection(*({c.recipe for c in damages[n]} for n in searched)) if searched else set()
@@ -230,10 +231,20 @@ def uniform_points(
         chosen = [next(c for c in damages[n] if c.recipe == recipe) for n in searched]
         size, damage = fixed + sum(c.bytes for c in chosen), sum(c.damage for c in chosen)
         out.append({"recipe": recipe, "bytes": size, "damage": damage, "measured": None})
+    smallest: dict[object, dict[str, Any]] = {}
+    for point in sorted(out, key=lambda p: p["bytes"]):
+        smallest.setdefault(width_of(point["recipe"]), point)
+    out = list(smallest.values())
     if baseline is not None:
         loss = measured["baseline"].metrics[prepared.loss.name]
         out.append({"recipe": baseline.recipe, "bytes": baseline.bytes, "damage": loss, "measured": loss})
     return out
+
+
+def width_of(recipe: str) -> tuple[str, int]:
+    """(encoder, bits) of a recipe."""
+    encoder = parse_recipe(recipe).encoder
+    return encoder.name, getattr(encoder, "bits", 16)
 
 
 def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
@@ -266,7 +277,18 @@ def replan_command(prepared: Prepared) -> str:
     """The command that plans for another size from the same work folder: every option that the passes depend on."""
     options, plain = prepared.options, Options(model="")
     words = ["layerwise", "compress", options.model, "OUT2", "--budget", "SIZE", "--work", options.work or "WORK"]
-    for name in ("calibrate", "evaluate", "sequences", "length", "text_column", "pooling", "seed", "threads", "dtype", "device"):
+    for name in (
+        "calibrate",
+        "evaluate",
+        "sequences",
+        "length",
+        "text_column",
+        "pooling",
+        "seed",
+        "threads",
+        "dtype",
+        "device",
+    ):
         if getattr(options, name) != getattr(plain, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     if options.techniques:

@@ -284,7 +284,9 @@ def reverse_tail(
                         _add_head_curvature(moments.sites[head].gradients, target)
                     inner = {n: v for n, v in observer.seen.items() if n != head}
                     directions = torch.stack([loss.direction(target, generator) for _ in range(DRAWS)])
-                    out[:, start:stop] = _back(target, hidden, inner, directions, moments, part, loss.kind == "token kl")
+                    out[:, start:stop] = _back(
+                        target, hidden, inner, directions, moments, part, loss.kind == "token kl"
+                    )
                     observer.seen.clear()
                 yield out
 
