@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.calibrate.reverse import DRAWS
-from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.candidates import largest_file, plain_recipe, stored_bytes
 from layerwise.errors import InputError, nearest

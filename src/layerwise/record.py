@@ -226,7 +226,7 @@ def uniform_points(
     searched = [n for n, s in candidates.sites.items() if s.reached]
     shared = set.intersection(*({c.recipe for c in damages[n]} for n in searched)) if searched else set()
     fixed = prepared.range.fixed + sum(s.candidates[0].bytes for s in candidates.sites.values() if not s.reached)
-    out = []
+    out: list[dict[str, Any]] = []
     for recipe in sorted(shared):
         chosen = [next(c for c in damages[n] if c.recipe == recipe) for n in searched]
         size, damage = fixed + sum(c.bytes for c in chosen), sum(c.damage for c in chosen)
