@@ -113,7 +113,7 @@ def rows_of_budgets(run: Run, given: argparse.Namespace) -> list[dict[str, Any]]
         recipes = {name: c.recipe for name, c in allocation.sites.items()}
         size = predicted_bytes(network, recipes)
         seconds = time.perf_counter() - began
-        variants[f"plan {text}"] = overlay(run.candidates, recipes)
+        variants[f"plan {text}"] = overlay(run.refitted(recipes), recipes)
         planned = {"bytes": size, "predicted": allocation.damage, "seconds to plan": round(seconds, 2)}
         about.append({"network": f"plan {text}", **planned})
         recipe = smallest_at_least(run, given.baseline, size)

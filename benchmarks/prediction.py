@@ -140,7 +140,7 @@ def whole_networks(run: Run, stored: dict[str, Candidates], given: argparse.Name
             if width in given.plan_bits and name not in variants:
                 allocation = Pareto().allocate(run.candidates.tree(), size - prepared.range.fixed)
                 recipes = {site: c.recipe for site, c in allocation.sites.items()}
-                variants[name] = overlay(run.candidates, recipes)
+                variants[name] = overlay(run.refitted(recipes), recipes)
                 about[name] = {"bytes": predicted_bytes(network, recipes), "predicted": allocation.damage}
     with run.watch.stage("evaluate", (1 + len(variants)) * len(network.tree.blocks)) as advance:
         found = compare(

@@ -143,7 +143,7 @@ def plan_all(run: Run, baseline: Baseline, variants: dict[str, Overlay]) -> Riva
     allocation = Pareto().allocate(run.candidates.tree(), baseline.bytes - run.prepared.range.fixed)
     recipes = recipes_of(allocation)
     name = f"plan {baseline.bytes}"
-    variants[name] = overlay(run.candidates, recipes)
+    variants[name] = overlay(run.refitted(recipes), recipes)
     return Rival("all bytes", predicted_bytes(network, recipes), allocation.damage, name)
 
 
@@ -159,7 +159,7 @@ def plan_linears(run: Run, baseline: Baseline, variants: dict[str, Overlay]) -> 
     recipes = recipes_of(allocation)
     size = predicted_bytes(network, {**{name: uniform[name] for name in tables}, **recipes})
     name = f"linears {baseline.bytes} {digest_of(tables)}"
-    stored = {**tables, **fetches(run.candidates, recipes)}
+    stored = {**tables, **fetches(run.refitted(recipes), recipes)}
     variants[name] = Overlay(network, stored, run.candidates.plain(recipes))
     return Rival("linears only", size, None, name)
 

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Stopwatch
 from layerwise.kept import Candidates
 from layerwise.prepare import Options, Prepared, prepare
+from layerwise.refit import refit
 
 BESIDE = ROOT.parent / "shared"  # reference networks and texts, where they are present
 EXAMPLES = ROOT / "examples"
@@ -47,6 +48,10 @@ class Run:
     calibration: Calibration
     candidates: Candidates
     watch: Stopwatch
+
+    def refitted(self, recipes: Mapping[str, str]) -> Candidates:
+        """A plan's recipes as the product stores them: encoded again on fit and judge tokens together."""
+        return refit(self.calibration, self.candidates, recipes, self.prepared.options.workers, self.watch)
 
 
 def default_network() -> str:

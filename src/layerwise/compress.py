@@ -74,13 +74,14 @@ def start(options: Options, watch: Stopwatch) -> tuple[Prepared, Calibration, st
         check_disk(prepared, folder)
         fingerprint = prepared.network.checkpoint.fingerprint()
         advance()
-    watch.note(reach(prepared))
     with watch.stage("check weights", 1) as advance:
         prepared.network.checkpoint.check_finite()
         advance()
     if options.plan:
         read_plan(options.plan).check_against(s.name for s in prepared.network.tree.sites)
-    return prepared, begin(prepared, folder, fingerprint), fingerprint
+    calibration = begin(prepared, folder, fingerprint)
+    watch.note(reach(prepared))
+    return prepared, calibration, fingerprint
 
 
 def reach(prepared: Prepared) -> str:

@@ -118,6 +118,8 @@ def test_an_interrupt_says_how_to_resume(tiny_llama: Path, sentences: Path, tmp_
     process = subprocess.Popen(
         [sys.executable, "-m", "layerwise.cli.main", *command],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell starts background jobs with interrupts ignored, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     journal = tmp_path / "OUT.work" / "journal.jsonl"
     end = time.monotonic() + 120
