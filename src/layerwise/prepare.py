@@ -163,7 +163,7 @@ def make_evaluation(
     if text.pairs and loss.kind == "distance":
         batches, index = pair_batches(text.pairs, tokenizer, length)
         return Evaluation(text, batches, same_source, index)
-    batches = batches_of(text.documents, tokenizer, windows, max(64, 2 * options.sequences), length)
+    batches = batches_of(text.documents, tokenizer, windows, max(64, options.sequences), length)
     if tokens_in(batches) < 32:
         raise InputError(
             f"the evaluation text {text.source} is too short: {tokens_in(batches)} tokens; "
