@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerwise.calibrate.activations import Boundary
+from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.passes import Calibration, Fitted, Part
 from layerwise.errors import InputError
 from layerwise.network.folds import BlockScope, Fold, find_folds
-from layerwise.network.streaming import Batch, Streamer
+from layerwise.network.streaming import Streamer
 from layerwise.technique import Rewrite, parse_recipe
 
 AS_IS = "as is"
@@ -112,17 +112,6 @@ class Rewriter:
             hidden = inputs[index].read(0)[:PROBED_SEQUENCES].to(streamer.device)
             with streamer.block(index) as member:
                 return find_folds(member, lambda m: streamer.run_block(m, hidden, call), hidden, calibration.seed)
-
-
-@torch.inference_mode()
-def learn_output_shape(streamer: Streamer, batch: Batch, hidden: Boundary) -> None:
-    """Learn from one sequence whether blocks return tuples; until then only the first block can be entered.
-
-    hidden: any boundary of the network: what a block returns does not depend on what it is given.
-    """
-    if streamer.tuple_length is None:
-        with streamer.block(0) as first, streamer.head_of_network() as enter:
-            streamer.run_block(first, hidden.read(0)[:1].to(streamer.device), enter(batch.rows(0, 1), 0)[1])
 
 
 def rewritten(scope: BlockScope, label: str) -> BlockScope:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.forward import boundaries, enter_network, forward_block
+from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
 from layerwise.calibrate.kept import load_statistics
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.passes import TAIL, Calibration
@@ -44,7 +44,7 @@ from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 from layerwise.plan.constraints import is_dense
-from layerwise.rewriting import chain_of, kept_values, learn_output_shape
+from layerwise.rewriting import chain_of, kept_values
 from layerwise.sensitivity.kronecker import damage
 from layerwise.technique import parse_recipe
 

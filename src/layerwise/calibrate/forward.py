@@ -26,6 +26,17 @@ def enter_network(streamer: Streamer, batches: Sequence[Batch], out: Boundary) -
 
 
 @torch.inference_mode()
+def learn_output_shape(streamer: Streamer, batch: Batch, hidden: Boundary) -> None:
+    """Learn from one sequence whether blocks return tuples; until then only the first block can be entered.
+
+    hidden: any boundary of the network: what a block returns does not depend on what it is given.
+    """
+    if streamer.tuple_length is None:
+        with streamer.block(0) as first, streamer.head_of_network() as enter:
+            streamer.run_block(first, hidden.read(0)[:1].to(streamer.device), enter(batch.rows(0, 1), 0)[1])
+
+
+@torch.inference_mode()
 def forward_block(
     streamer: Streamer,
     index: int,
@@ -37,9 +48,9 @@ def forward_block(
     """Run one block over every batch. ``watch(batch, block)`` is called before each batch, to place hooks."""
 
     def run() -> Iterator[Tensor]:
+        if batches:
+            learn_output_shape(streamer, batches[0], inputs)
         with streamer.block(index) as block, streamer.head_of_network() as enter:
-            if streamer.tuple_length is None and batches:
-                streamer.run_block(block, inputs.read(0)[:1], enter(batches[0].rows(0, 1), 0)[1])
             for i, batch in enumerate(batches):
                 if watch is not None:
                     watch(i, block)

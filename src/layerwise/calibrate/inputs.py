@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
 from layerwise.calibrate.reverse import SplitMoments, add_inputs, observing
@@ -51,12 +52,9 @@ def _watch(calibration: Calibration, streamer: Streamer, unit: str, sites: list[
         return
     index = network.tree.blocks.index(unit)
     names = {s.name.removeprefix(unit + "."): s.name for s in sites}
+    learn_output_shape(streamer, batches[0], inputs[0])
     with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
         for i, batch in enumerate(batches):
-            if streamer.tuple_length is None:
-                with streamer.block(0) as first:
-                    streamer.run_block(first, inputs[0].read(0).to(streamer.device), enter(batch, 0)[1])
-                    observer.seen.clear()
             streamer.run_block(block, inputs[index].read(i).to(streamer.device), enter(batch, index)[1])
             add_inputs(moments, observer.seen, batch)
             observer.seen.clear()

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from layerwise.calibrate.activations import Boundary
-from layerwise.calibrate.forward import boundaries, enter_network, forward_block
+from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
 from layerwise.calibrate.moments import Moment
 from layerwise.calibrate.reverse import (
     DRAWS,
@@ -32,7 +32,7 @@ from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.engine.journal import Journal
 from layerwise.engine.progress import Progress
 from layerwise.loss import Loss
-from layerwise.network.network import Network
+from layerwise.network.network import Network, hidden_width
 from layerwise.network.streaming import Batch, Streamer
 
 TAIL, TABLES = "tail", "tables"
@@ -73,7 +73,7 @@ class Calibration:
 
     @property
     def width(self) -> int:
-        return int(self.network.module.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        return hidden_width(self.network)
 
     def inputs(self, batches: tuple[Batch, ...] | None = None) -> list[Boundary]:
         """The block boundaries of all calibration batches; a prefix of the batches reads a prefix of each file."""
@@ -119,7 +119,7 @@ def reverse(calibration: Calibration, finished: Collection[str], uniform: bool =
     inputs = calibration.inputs(batches)
     gradients = _gradients(calibration, batches, "uniform-gradient" if uniform else "gradient")
     start = _first_unit_to_run(units, wanted[0], gradients)
-    _find_output_shape(streamer, batches, inputs[0])
+    learn_output_shape(streamer, batches[0], inputs[0])
     for position in range(start, units.index(wanted[-1]) + 1):
         unit = units[position]
         part = _run_unit(calibration, streamer, unit, batches, split_of, inputs, gradients, uniform)
@@ -147,14 +147,6 @@ def _first_unit_to_run(units: list[str], wanted: str, gradients: list[Boundary])
     while position > 0 and not gradients[unit_input(units, position)].complete:
         position -= 1
     return position
-
-
-def _find_output_shape(streamer: Streamer, batches: tuple[Batch, ...], inputs: Boundary) -> None:
-    """Learn from one sequence whether blocks return tuples, before any block but the first is entered."""
-    import torch
-
-    with torch.inference_mode(), streamer.block(0) as block, streamer.head_of_network() as enter:
-        streamer.run_block(block, inputs.read(0)[:1].to(streamer.device), enter(batches[0].rows(0, 1), 0)[1])
 
 
 def _run_unit(

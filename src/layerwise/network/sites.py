@@ -10,7 +10,7 @@ network
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
@@ -141,9 +141,3 @@ def _path_of(module: nn.Module, child: nn.Module | None) -> str | None:
     if child is None or isinstance(child, nn.Identity):
         return None
     return next((path for path, member in module.named_modules() if member is child), None)
-
-
-def unreached(tree: SiteTree, names: set[str]) -> SiteTree:
-    """The tree with these sites marked as not searched: the loss does not depend on them."""
-    sites = tuple(replace(s, searched=False) if s.name in names else s for s in tree.sites)
-    return replace(tree, sites=sites)
