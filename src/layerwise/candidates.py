@@ -38,6 +38,7 @@ from layerwise.rewriting import (
     encoder_of,
     keep_alternative,
 )
+from layerwise.sensitivity.kronecker import damage
 from layerwise.technique import parse_recipe
 
 
@@ -197,8 +198,11 @@ def encode_alternative(
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        return encode_candidate(name, weights[name], recipe, fit, judge)
+        if name not in removed:  # two threads may both compute it; they get equal values
+            removed[name] = damage(weights[name], judge)
+        return encode_candidate(name, weights[name], recipe, fit, judge, removed[name])
 
+    removed: dict[str, float] = {}
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
     label = alternative.label if alternative else AS_IS
     for (name, _), encoding in zip(tasks, each(work, tasks, workers), strict=True):

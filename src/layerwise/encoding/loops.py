@@ -109,8 +109,8 @@ def round_columns(
 
     Everything is transposed, columns first, so that the rows of a column are neighbours in memory:
     weight [n, m] float32, step and zero [groups, m] float32, codes [n, m] uint8, change [n, m] float64 (D = W' - W).
-    lower   [n, n] float64, unit lower triangular factor of the column curvature.
-    carried [width, m] float64: E, sum over l > j of D[i, l] lower[l, j] with l right of the tile; updated in place.
+    lower   [width, width] float64: the tile's own part of the unit lower triangular factor of C.
+    carried [width, m] float64: E, sum over l > j of D[i, l] L[l, j] with l right of the tile; updated in place.
     The tile is columns ``first .. first + width`` of rows ``first_row .. first_row + height``.
     """
     width = carried.shape[0]
@@ -125,7 +125,7 @@ def round_columns(
             codes[j, i] = np.uint8(code)
             change[j, i] = np.float64(s * (np.float32(code) - z)) - w
         for k in range(b):
-            factor = lower[j, first + k]
+            factor = lower[b, k]
             for i in range(first_row, first_row + height):
                 carried[k, i] += change[j, i] * factor
 
@@ -150,7 +150,7 @@ def round_tile(
 ) -> None:
     """As ``round_columns``, and in a column last row first, each row absorbing the errors of those below it.
 
-    lower_rows [m, m] float64, unit lower triangular factor of the row curvature.
+    lower_rows [height, height] float64: the tile's own part of the unit lower triangular factor of R.
     below      [width, height] float64: F, what the rows under the tile send into it; updated in place.
     absorbed   [width, m] float64: C = D + E, filled for the tile's rows.
     """
@@ -170,9 +170,9 @@ def round_tile(
             c = d + carried[b, i]
             absorbed[b, i] = c
             for k in range(a):
-                below[b, k] += lower_rows[i, first_row + k] * c
+                below[b, k] += lower_rows[a, k] * c
         for k in range(b):
-            factor = lower[j, first + k]
+            factor = lower[b, k]
             for i in range(first_row, first_row + height):
                 carried[k, i] += change[j, i] * factor
 

@@ -26,10 +26,14 @@ class Encoding:
     damage: float
 
 
-def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics) -> Encoding:
+def encode_candidate(
+    site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics, removed: float
+) -> Encoding:
     """Encode ``weight`` [rows, columns] on the fit statistics and judge it on the judge statistics.
 
-    The encoding is checked before it may enter a plan: finite when decoded, and better than leaving the matrix out.
+    removed: the damage of leaving the matrix out, which no candidate may exceed by half.
+
+    The encoding is checked before it may enter a plan: finite when decoded, and better than nothing.
     """
     import torch
 
@@ -44,7 +48,6 @@ def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics
             f"resume with --redo {site}=rtn:bits=8 or another recipe"
         )
     found = damage(decoded - weight, judge)
-    removed = damage(weight, judge)
     if not found <= max(removed, 1e-12) * 1.5:
         raise InputError(
             f"{recipe} does more damage at {site} ({found:.3g}) than leaving the matrix out ({removed:.3g}); "

@@ -59,14 +59,20 @@ def check_statistics(weight: Tensor, statistics: SiteStatistics) -> None:
 class Side:
     """One curvature, damped and factored, in the order of rounding (the last is rounded first).
 
-    order   int64 [n]; matrix [n, n] float64, over its mean diagonal; lower [n, n] float64, unit lower triangular;
-    pivots  float64 [n], so that matrix = lower diag(pivots) lower^T.
+    order   int64 [n]; matrix [n, n] float64, over its mean diagonal; upper [n, n] float64, unit upper triangular;
+    pivots  float64 [n], so that matrix = upper^T diag(pivots) upper. The upper factor is kept because the products
+            outside a tile then read whole rows, which is twice as fast as columns.
     """
 
     order: Tensor
     matrix: Tensor
-    lower: Tensor
+    upper: Tensor
     pivots: Tensor
+
+    @property
+    def lower(self) -> Tensor:
+        """L of the formulas above: a view."""
+        return self.upper.T
 
     def importance(self) -> Tensor:
         """What an own rounding error of each column costs once the others have absorbed what they can: float32 [n]."""
@@ -91,10 +97,10 @@ def factor(side: Tensor, damp: float, *, largest_first: bool = False, reverse: b
     for _ in range(20):
         matrix.diagonal().add_(share - added)
         added = share
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            root = lower.diagonal().clone()
-            return Side(order, matrix, lower.div_(root), root**2)
+        upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+        if not int(failed) and bool(torch.isfinite(upper).all()):
+            root = upper.diagonal().clone()
+            return Side(order, matrix, upper.div_(root[:, None]).contiguous(), root**2)
         share = max(share * 10, 1e-8)
         log.info("a curvature of %d columns is not positive: damping raised to %g", len(side), share)
     return None
@@ -128,15 +134,16 @@ def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Ten
     shape = grid[0].shape
     codes, change = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
     for first, last in _blocks(shape[0], block):
-        carried = columns.lower[last:, first:last].T @ change[last:]  # [width, m]
+        carried = columns.upper[first:last, last:] @ change[last:]  # [width, m]
+        own = _tile(columns, first, last)
         absorbed = torch.empty_like(carried)
         for top, bottom in _blocks(shape[1], block):
-            tile = (columns.lower.numpy(), first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
+            tile = (own, first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
             if rows is None:
                 round_columns(*grid, *tile)
             else:
-                below = absorbed[:, bottom:] @ rows.lower[bottom:, top:bottom]  # [width, height]
-                round_tile(*grid, *tile, rows.lower.numpy(), below.numpy(), absorbed.numpy())
+                below = absorbed[:, bottom:] @ rows.upper[top:bottom, bottom:].T  # [width, height]
+                round_tile(*grid, *tile, _tile(rows, top, bottom), below.numpy(), absorbed.numpy())
     return codes, change
 
 
@@ -152,8 +159,13 @@ def _revise(grid: Any, columns: Side, rows: Side | None, block: int, codes: Tens
             if rows is None:
                 revise_columns(*grid, *tile)
             else:
-                slope = pull @ rows.matrix[:, top:bottom]  # [width, height]
+                slope = pull @ rows.matrix[top:bottom].T  # [width, height]; R is symmetric
                 revise_tile(*grid, *tile, rows.matrix[top:bottom, top:bottom].contiguous().numpy(), slope.numpy())
+
+
+def _tile(side: Side, first: int, last: int) -> Any:
+    """The lower factor between the entries of one tile, as an array."""
+    return side.lower[first:last, first:last].contiguous().numpy()
 
 
 def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
