@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from layerwise.network.folds import BlockScope
     from layerwise.plan.tree import Allocation, Node
 
-FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan")
+FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan", "probe")
 
 # What a technique may ask to have measured at its site (``needs``).
 SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
@@ -64,6 +64,7 @@ class Technique(ABC):
     family: ClassVar[str]
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]]
+    menu: ClassVar[tuple[str, ...]]  # settings tried when it is named without options, as a recipe writes them
     role: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -119,12 +120,20 @@ class Allocator(Technique):
 T = TypeVar("T", bound=type[Technique])
 
 
-def technique(*, paper: str, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[T], T]:
-    """Turn a class into a registered technique: a frozen dataclass named after its file."""
+def technique(
+    *, paper: str, needs: frozenset[str] | set[str] = frozenset(), menu: Sequence[str] = ()
+) -> Callable[[T], T]:
+    """Turn a class into a registered technique: a frozen dataclass named after its file.
+
+    paper: the paper's name in the ledger. menu: the settings it is tried with when it is named without options, such
+    as ``("sparsity=0.5,bits=4", "sparsity=0.5,bits=3")``; an encoder without a menu that has ``bits`` and ``group``
+    is tried on the planner's shared range of grids.
+    """
 
     def register(cls: T) -> T:
         package, _, stem = cls.__module__.rpartition(".")
         cls.name, cls.family, cls.paper, cls.needs = stem, package.rpartition(".")[2], paper, frozenset(needs)
+        cls.menu = tuple(menu)
         return dataclass(frozen=True)(cls)  # type: ignore[return-value]
 
     return register

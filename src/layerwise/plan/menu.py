@@ -50,10 +50,8 @@ def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
             table.append(str(parse_recipe(recipe).encoder))
             continue
         for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
-            for bits, group in grids:
-                made = _on_grid(encoder, bits, group)
-                prefix = "+".join(chain) + "+" if chain and out is linear else ""
-                out.append(str(parse_recipe(prefix + made)))
+            prefix = "+".join(chain) + "+" if chain and out is linear else ""
+            out += [str(parse_recipe(prefix + made)) for made in _settings(encoder, grids)]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
     return Menu(_distinct([*linear, plain]), _distinct([*table, plain]))
 
@@ -106,6 +104,13 @@ def _parts(text: str) -> tuple[list[str], str]:
     if not issubclass(find(names[-1].partition(":")[0]), Encoder):
         raise InputError(f"{text!r} ends in {names[-1]!r}, which is not an encoder; write {text}+rtn or {text}+gptq")
     return names[:-1], names[-1]
+
+
+def _settings(name: str, grids: Sequence[tuple[int, int]]) -> list[str]:
+    """An encoder's own menu, or the shared range of grids."""
+    if menu := find(name).menu:
+        return [f"{name}:{options}" for options in menu]
+    return [_on_grid(name, bits, group) for bits, group in grids]
 
 
 def _on_grid(name: str, bits: int, group: int) -> str:
