@@ -23,6 +23,7 @@ from benchmarks.runs import Run, add_run_options, opened, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
 from layerwise.apply import predicted_bytes
+from layerwise.calibrate.splits import first_tokens
 from layerwise.candidates import find_candidates
 from layerwise.evaluate.compare import compare
 from layerwise.evaluate.sites import measure_sites
@@ -30,7 +31,6 @@ from layerwise.kept import Candidates, overlay, uniform_plan
 from layerwise.network.overlay import Overlay
 from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.plan.pareto import Pareto
-from layerwise.record import first_tokens
 from layerwise.technique import parse_recipe
 from layerwise.uniform import unreached_recipes
 

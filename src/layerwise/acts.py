@@ -31,7 +31,7 @@ from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact
-from layerwise.kept import Candidates, overlay
+from layerwise.kept import Candidates, overlay, rebuilt, with_removals
 from layerwise.loss import loss_of
 from layerwise.network.artifact import staged
 from layerwise.network.network import Network, open_network
@@ -42,6 +42,7 @@ from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation
 from layerwise.prepare import Options, longest, open_tokenizer, reachable
+from layerwise.removal import find_removals
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,12 @@ def candidates(
     """Encode every candidate of these techniques in one reverse pass."""
     menu = make_menu(tuple(techniques), str(calibration.network.plain_dtype).removeprefix("torch."))
     stage = f"candidates {identity_of({'menu': [menu.linear, menu.table]})[:12]}"
-    return find_candidates(calibration, menu, workers, Stopwatch(progress), stage)
+    watch = Stopwatch(progress)
+    found = find_candidates(calibration, menu, workers, watch, stage)
+    for surgeon in menu.surgeons:
+        find_removals(calibration, found, stage, watch)
+        found = with_removals(calibration, found, surgeon, stage)
+    return found
 
 
 def plan(found: Candidates, budget: str, *, keep: Sequence[str] = (), fix: Sequence[str] = ()) -> Allocation:
@@ -114,7 +120,7 @@ def save(compressed: Compressed, out: str | Path, *, force: bool = False) -> int
     """Write the artifact by one rename; returns the bytes of its weights file."""
     recipes = {name: c.recipe for name, c in compressed.allocation.sites.items()}
     with staged(Path(out), force) as folder:
-        return write_network(compressed.candidates.network, compressed.candidates, recipes, folder)
+        return write_network(rebuilt(compressed.candidates, recipes), folder)
 
 
 def evaluate(

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from layerwise.encoding.encoded import Encoded, layout_bytes
-from layerwise.kept import Candidates, fetches
+from layerwise.kept import Candidates, Rebuilt, rebuilt
 from layerwise.network.artifact import artifact_layout, write_artifact
 from layerwise.network.checkpoint import to_plain
 from layerwise.network.network import Network
@@ -41,35 +41,37 @@ def apply_plan(
 
     Raises ``RuntimeError`` if the file's size is not the predicted one: that would be our mistake, not the user's.
     """
-    network = prepared.network
     recipes = {name: c.recipe for name, c in allocation.sites.items()}
-    predicted = predicted_bytes(network, recipes)
-    written = write_network(network, candidates, recipes, folder)
+    made = rebuilt(candidates, recipes)
+    predicted = predicted_bytes(made.network, made.recipes)
+    written = write_network(made, folder)
     if written != predicted:
         raise RuntimeError(f"the artifact has {written} bytes, predicted were {predicted}")
-    plan = plan_of(prepared, allocation, tree, budget, fingerprint)
+    plan = plan_of(prepared, candidates, allocation, tree, budget, fingerprint)
     write_plan(folder / "plan.json", plan)
-    return Applied(written, linear_bytes(network, recipes), plan)
+    return Applied(written, linear_bytes(made.network, made.recipes), plan)
 
 
-def plan_of(prepared: Prepared, allocation: Allocation, tree: Node, budget: int, fingerprint: str) -> PlanFile:
+def plan_of(
+    prepared: Prepared, candidates: Candidates, allocation: Allocation, tree: Node, budget: int, fingerprint: str
+) -> PlanFile:
     """The plan file of an allocation, with the exact size that applying it will give."""
     network, options = prepared.network, prepared.options
-    recipes = {name: c.recipe for name, c in allocation.sites.items()}
+    made = rebuilt(candidates, {name: c.recipe for name, c in allocation.sites.items()})
     asked = next(filter(None, (options.budget, options.quality_loss, options.uniform)), "plan")
     return make_plan(
         tree,
         allocation,
         PlanNetwork(network.name, fingerprint, network.tree.parameters),
         PlanBudget(asked, budget),
-        Predicted(predicted_bytes(network, recipes), allocation.damage, prepared.loss.unit),
+        Predicted(predicted_bytes(made.network, made.recipes), allocation.damage, prepared.loss.unit),
         {s.name: s.parameters for s in network.tree.sites},
     )
 
 
-def write_network(network: Network, candidates: Candidates, recipes: dict[str, str], folder: Path) -> int:
+def write_network(made: Rebuilt, folder: Path) -> int:
     """Weights, config and companions; one site in memory at a time. Returns the bytes of all safetensors."""
-    stored, changed = fetches(candidates, recipes), candidates.plain(recipes)
+    network, recipes, changed = made.network, made.recipes, made.plain
     plain = network.plain_parameters(recipes)
     layout = artifact_layout(
         {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()},
@@ -78,7 +80,7 @@ def write_network(network: Network, candidates: Candidates, recipes: dict[str, s
     )
 
     def encoded() -> Iterator[tuple[str, Encoded]]:
-        for name, fetch in stored.items():
+        for name, fetch in made.encoded.items():
             yield f"{name}.weight", fetch()
 
     def dense() -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,7 @@ from layerwise.kept import Candidates, encodings_file, encodings_folder, read_ca
 from layerwise.network.network import Network
 from layerwise.network.safetensors_file import header_share, write
 from layerwise.network.sites import Site
+from layerwise.network.sizes import largest_file
 from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import UNREACHED, Menu
@@ -214,11 +215,6 @@ def encode_alternative(
                 entry[name]["dominated"] += kept["dominated"]
             else:
                 entry[name] = kept
-
-
-def largest_file(network: Network) -> int:
-    """A size that no artifact of this network reaches: it bounds the digits of the header's offsets."""
-    return 10 ** len(str(4 * network.tree.parameters))
 
 
 def statistics_at(measured: Mapping[str, Fitted], site: Site) -> tuple[SiteStatistics, SiteStatistics]:

@@ -19,7 +19,7 @@ from layerwise.engine.machine import peak_memory, versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
-from layerwise.kept import Candidates, overlay, uniform_plan
+from layerwise.kept import Candidates, overlay, uniform_plan, with_removals
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import constrain
@@ -30,6 +30,7 @@ from layerwise.prepare import Options, Prepared, check_disk, keeps_statistics, p
 from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit, refit_by_pass
+from layerwise.removal import find_removals
 from layerwise.sequential import propagate
 from layerwise.technique import SECOND_MOMENT, parse_recipe
 from layerwise.uniform import Baseline, find_baseline
@@ -130,6 +131,7 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
         "weights": fingerprint,
         "tokens": prepared.splits.fingerprint(),
         "menu": [prepared.menu.linear, prepared.menu.table],
+        **({"surgeons": prepared.menu.surgeons} if prepared.menu.surgeons else {}),
         "fix": list(options.fix),
         "loss": [prepared.loss.kind, prepared.loss.pooling],
         "seed": options.seed,
@@ -193,11 +195,15 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
     """The forward and the reverse pass, or what is left of them."""
     options = prepared.options
     forward(calibration, watch)
-    return find_candidates(
-        calibration, prepared.menu, options.workers, watch, "uniform" if options.uniform else "candidates",
-        prepared.only, reverse_uniform if options.uniform else reverse,
-        keeps_statistics(options, prepared.network),
+    stage = "uniform" if options.uniform else "candidates"
+    found = find_candidates(
+        calibration, prepared.menu, options.workers, watch, stage, prepared.only,
+        reverse_uniform if options.uniform else reverse, keeps_statistics(options, prepared.network),
     )  # fmt: skip
+    for surgeon in prepared.menu.surgeons:
+        find_removals(calibration, found, stage, watch)
+        found = with_removals(calibration, found, surgeon, stage)
+    return found
 
 
 def plan_only(options: Options, progress: Progress | None = None) -> PlanFile:
@@ -210,7 +216,7 @@ def plan_only(options: Options, progress: Progress | None = None) -> PlanFile:
         calibration.journal.close()
     tree = constrain(candidates.tree(), options.keep, ())
     allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
-    return plan_of(prepared, allocation, tree, budget, fingerprint)
+    return plan_of(prepared, candidates, allocation, tree, budget, fingerprint)
 
 
 def allocate(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
+from layerwise.network.reblocked import new_name, reblocked
 from layerwise.network.safetensors_file import read, read_header
 from layerwise.network.sites import Site
+from layerwise.network.sizes import plain_bytes, plain_of_block
 from layerwise.plan.menu import fitted
 from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
 from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
+from layerwise.technique import BlockMeasure, parse_technique, surgery
 
 
 @dataclass(frozen=True)
@@ -65,18 +68,20 @@ class Candidates:
 
     folder:  where the encodings lie.
     refused: block -> chain of rewrites -> the sentence with which it was refused there.
+    removals: what taking a block out costs, where a surgeon may do so.
     """
 
     network: Network
     sites: dict[str, SiteCandidates]
     folder: Path
     refused: dict[str, dict[str, str]]
+    removals: Removals | None = None
 
     def tree(self) -> Node:
         """The site tree for the solver.
 
-        A block is the sum of its linears, or a choice between such sums where rewrites offer alternatives; everything
-        else hangs off the network.
+        A block is the sum of its linears, or a choice between such sums where rewrites offer alternatives, or where it
+        may be taken out; everything else hangs off the network.
         """
         children: list[Node] = []
         blocks: dict[str, list[SiteCandidates]] = {}
@@ -85,8 +90,23 @@ class Candidates:
                 children.append(Leaf(name, found.candidates))
             else:
                 blocks.setdefault(found.site.block, []).append(found)
-        children += [block_node(block, members) for block, members in blocks.items()]
+        children += [self._block_node(block, members) for block, members in blocks.items()]
         return Sum("network", tuple(children))
+
+    def _block_node(self, block: str, members: Sequence[SiteCandidates]) -> Node:
+        node = block_node(block, members)
+        if self.removals is None:
+            return node
+        gone, must_go = self.removals.option(self.network, block)
+        if gone is None:
+            return node
+        kept = node.options if isinstance(node, Choice) else ((AS_IS, node),)
+        return Choice(block, ((self.removals.label, gone),) if must_go else (*kept, (self.removals.label, gone)))
+
+    def order(self, recipes: Mapping[str, str]) -> tuple[int, ...]:
+        """The blocks that remain under these recipes, in execution order."""
+        gone = {self.sites[name].site.block for name, recipe in recipes.items() if surgery(recipe)}
+        return tuple(i for i, block in enumerate(self.network.tree.blocks) if block not in gone)
 
     def plain(self, recipes: Mapping[str, str]) -> dict[str, Tensor]:
         """Parameter -> value, for what the chosen alternatives changed outside the sites: norms and biases."""
@@ -97,8 +117,41 @@ class Candidates:
 
     def alternatives(self, recipes: Mapping[str, str]) -> dict[str, str]:
         """Block -> chain of rewrites, for the blocks that the recipes take rewritten."""
-        chosen = {found.site.block: chain_of(recipes[name]) for name, found in self.sites.items() if found.site.block}
+        chosen = {
+            found.site.block: chain_of(recipes[name])
+            for name, found in self.sites.items()
+            if found.site.block and not surgery(recipes[name])
+        }
         return {block: label for block, label in chosen.items() if block is not None and label != AS_IS}
+
+
+@dataclass(frozen=True)
+class Removals:
+    """What it costs to take each block out, measured on the network and put on the scale of predicted damages."""
+
+    label: str
+    scale: float
+    blocks: tuple[BlockMeasure, ...]
+
+    def option(self, network: Network, block: str) -> tuple[Node | None, bool]:
+        """(the alternative without the block, whether there is no other); None where the block must stay.
+
+        The block's sites store nothing, and its norms and biases go with it: bytes below zero, since a plan's fixed
+        part counts them. Its damage is one figure; it is shared out by the size of the sites.
+        """
+        index = network.tree.blocks.index(block)
+        order = parse_technique(self.label).order(self.blocks)  # type: ignore[attr-defined]
+        counted = len(order) < len(self.blocks)
+        if counted and index in order:
+            return None, False
+        sites = network.tree.of_block(block)
+        whole = sum(site.parameters for site in sites)
+        saved, damage = plain_bytes(network, plain_of_block(network, block)), self.blocks[index].damage / self.scale
+        leaves = tuple(
+            Leaf(s.name, (Candidate(self.label, -saved if i == 0 else 0, damage * s.parameters / whole),))
+            for i, s in enumerate(sites)
+        )
+        return Sum(block, leaves), counted
 
 
 def block_node(block: str, members: Sequence[SiteCandidates]) -> Node:
@@ -164,6 +217,13 @@ def read_candidates(calibration: Calibration, stage: str = "candidates") -> Cand
     return Candidates(calibration.network, sites, folder, refused)
 
 
+def with_removals(calibration: Calibration, candidates: Candidates, label: str, stage: str) -> Candidates:
+    """The candidates with what the journal knows about taking blocks out."""
+    found = calibration.journal[f"{stage}/removals"]
+    blocks = tuple(BlockMeasure(b["damage"], b["influence"]) for b in found["blocks"])
+    return replace(candidates, removals=Removals(label, found["scale"], blocks))
+
+
 def all_damages(calibration: Calibration, stage: str = "candidates") -> dict[str, list[Candidate]]:
     """Every candidate that was encoded, the dominated ones too, for reports and comparisons."""
     out: dict[str, list[Candidate]] = {}
@@ -177,13 +237,42 @@ Fetches = dict[str, Callable[[], Encoded]]
 
 
 def fetches(candidates: Candidates, recipes: Mapping[str, str]) -> Fetches:
-    """Site -> a function that reads the chosen stored form from the work folder."""
-    return {name: partial(candidates.sites[name].fetch, recipe) for name, recipe in recipes.items()}
+    """Site -> a function that reads the chosen stored form from the work folder; none for a site that is gone."""
+    return {
+        name: partial(candidates.sites[name].fetch, recipe) for name, recipe in recipes.items() if not surgery(recipe)
+    }
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What a plan makes of the network: its blocks, and by their names in it the recipes, forms and changed values."""
+
+    network: Network
+    recipes: dict[str, str]
+    encoded: Fetches
+    plain: dict[str, Tensor]
+
+
+def rebuilt(candidates: Candidates, recipes: Mapping[str, str]) -> Rebuilt:
+    """The network of the blocks that remain under these recipes."""
+    dense, order = candidates.network, candidates.order(recipes)
+    network = reblocked(dense, order)
+    plain, encoded = candidates.plain(recipes), fetches(candidates, recipes)
+    remaining = {name: recipes[name] for name in encoded}
+    if network is dense:
+        return Rebuilt(network, remaining, encoded, plain)
+    new = partial(new_name, old=dense.tree.blocks, new=network.tree.blocks, order=order)
+
+    def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for old, value in values.items() if (name := new(old)) is not None}
+
+    return Rebuilt(network, renamed(remaining), renamed(encoded), renamed(plain))
 
 
 def overlay(candidates: Candidates, recipes: Mapping[str, str]) -> Overlay:
     """The network's weights with every site as its recipe stores it, and what rewrites changed beside the sites."""
-    return Overlay(candidates.network, fetches(candidates, recipes), candidates.plain(recipes))
+    made = rebuilt(candidates, recipes)
+    return Overlay(made.network, made.encoded, made.plain)
 
 
 def uniform_plan(candidates: Candidates, linear: str, table: str) -> dict[str, str]:

@@ -16,13 +16,15 @@ from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
-from layerwise.candidates import largest_file, plain_recipe, stored_bytes
+from layerwise.candidates import plain_recipe, stored_bytes
 from layerwise.errors import InputError, nearest
 from layerwise.evaluate.sentences import pair_batches
 from layerwise.loss import Loss, loss_of
 from layerwise.network.network import Network, hidden_width, open_network
-from layerwise.network.safetensors_file import header_fixed, header_share
+from layerwise.network.reblocked import reblocked
+from layerwise.network.safetensors_file import header_fixed
 from layerwise.network.sites import Site
+from layerwise.network.sizes import largest_file, plain_bytes, plain_of_block
 from layerwise.network.streaming import Batch
 from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quality_loss
 from layerwise.plan.candidates import layout_of
@@ -30,7 +32,7 @@ from layerwise.plan.constraints import matching
 from layerwise.plan.file import read_plan
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
-from layerwise.technique import parse_recipe
+from layerwise.technique import BlockMeasure, parse_recipe, parse_technique
 
 LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass
 METADATA = {"format": "pt"}
@@ -129,6 +131,8 @@ def prepare(options: Options) -> Prepared:
     network = open_network(options.model, options.dtype)
     loss = loss_of(network.architecture, network.checkpoint.directory, options.pooling)
     menu, only = menu_of(options, network)
+    if menu.surgeons:
+        check_surgeons(menu, options, network)
     if options.plan is not None:
         check_plan(options.plan, network, menu, only)
     reach = reachable(network, menu, only)
@@ -202,16 +206,35 @@ def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str
 def reachable(network: Network, menu: Menu, only: dict[str, str]) -> Range:
     """Smallest and largest file that the menu can make, from shapes alone."""
     fixed = header_fixed(METADATA)
-    for name in network.plain_parameters([s.name for s in network.tree.sites]):
-        shape = tuple(network.module.get_parameter(name).shape)
-        fixed += network.module.get_parameter(name).numel() * network.plain_dtype.itemsize
-        fixed += header_share(name, network.plain_dtype, shape, largest_file(network))
+    fixed += plain_bytes(network, network.plain_parameters([s.name for s in network.tree.sites]))
     smallest = largest = fixed
     for site in network.tree.sites:
         recipes = recipes_for(site, menu, only, network)
         sizes = [site_bytes(site, recipe, network) for recipe in recipes]
         smallest, largest = smallest + min(sizes), largest + max(sizes)
-    return Range(fixed, smallest, largest)
+    return Range(fixed, smallest - removable_bytes(network, menu, only), largest)
+
+
+def removable_bytes(network: Network, menu: Menu, only: dict[str, str]) -> int:
+    """What taking blocks out can save of the smallest file; one block at least remains."""
+    if not menu.surgeons:
+        return 0
+    blocks = network.tree.blocks
+    saved = sorted(
+        plain_bytes(network, plain_of_block(network, block))
+        + sum(
+            min(site_bytes(s, r, network) for r in recipes_for(s, menu, only, network))
+            for s in network.tree.of_block(block)
+        )
+        for block in blocks
+    )
+    removed = len(blocks) - len(remaining_blocks(menu, len(blocks)))
+    return sum(saved[-removed:] if removed else saved[1:])
+
+
+def remaining_blocks(menu: Menu, count: int) -> tuple[int, ...]:
+    """What a surgeon leaves of equal blocks: all of them where the planner decides."""
+    return parse_technique(menu.surgeons[0]).order([BlockMeasure(0.0, 0.0)] * count)  # type: ignore[attr-defined,no-any-return]
 
 
 def recipes_for(site: Site, menu: Menu, only: dict[str, str], network: Network) -> tuple[str, ...]:
@@ -245,12 +268,27 @@ def check_plan(path: str, network: Network, menu: Menu, only: dict[str, str]) ->
     plan.check_against(s.name for s in network.tree.sites)
     for site in network.tree.sites:
         asked = plan.sites[site.name].recipe
+        if asked in menu.surgeons:
+            continue
         encoders = {recipe.rpartition("+")[2] for recipe in (*recipes_for(site, menu, only, network), UNREACHED)}
         if asked.rpartition("+")[2] not in encoders:
             raise InputError(
                 f"the plan gives {site.name} the recipe {asked}, which these techniques do not try; "
                 f"add --redo {site.name}={asked} to encode it there"
             )
+
+
+def check_surgeons(menu: Menu, options: Options, network: Network) -> None:
+    """Blocks can only be taken out where the config can say so and nothing is propagated past them."""
+    if options.sequential:
+        raise InputError(
+            f"--sequential encodes behind the stored prefix, where no block may be missing; leave out "
+            f"{menu.surgeons[0]} or --sequential"
+        )
+    if len(menu.surgeons) > 1:
+        raise InputError(f"only one technique may take blocks out; choose one of {', '.join(menu.surgeons)}")
+    order = remaining_blocks(menu, len(network.tree.blocks))
+    reblocked(network, order[: max(1, len(order) - 1)])  # refuses where no other order can be
 
 
 def check_plain(network: Network) -> None:

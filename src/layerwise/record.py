@@ -5,20 +5,19 @@ from __future__ import annotations
 import datetime
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from layerwise.apply import Applied
 from layerwise.calibrate.passes import Calibration
-from layerwise.calibrate.splits import tokens_in
+from layerwise.calibrate.splits import first_tokens, tokens_in
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress
 from layerwise.evaluate.compare import Measured
 from layerwise.evaluate.sentences import spearman
 from layerwise.evaluate.sites import measure_sites, single_site_changes
 from layerwise.kept import Candidates, all_damages, size_range
-from layerwise.network.streaming import Batch
 from layerwise.plan.candidates import recipe_bpw
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
@@ -262,15 +261,6 @@ def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
         {"site": site, "recipe": recipe, "predicted": kept[site][recipe].damage, "measured": value}
         for (site, recipe), value in zip(pairs, found, strict=True)
     ]
-
-
-def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    out: list[Batch] = []
-    for batch in batches:
-        if out and tokens_in(out) >= tokens:
-            break
-        out.append(batch)
-    return out
 
 
 def replan_command(prepared: Prepared) -> str:

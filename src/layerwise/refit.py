@@ -25,7 +25,7 @@ from layerwise.network.safetensors_file import write
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import Menu
 from layerwise.rewriting import chain_of, kept_values
-from layerwise.technique import parse_recipe
+from layerwise.technique import parse_recipe, surgery
 
 
 def refit(
@@ -39,6 +39,8 @@ def refit(
     folder.mkdir(exist_ok=True)
     blocks: dict[str | None, list[str]] = {}
     for name in recipes:
+        if surgery(recipes[name]):
+            continue
         if needs_refit(candidates, name, recipes[name]):
             blocks.setdefault(candidates.sites[name].site.block, []).append(name)
     refitted: dict[str, SiteCandidates] = {}
@@ -62,8 +64,10 @@ def refit_by_pass(
 ) -> Candidates:
     """The same for a network whose statistics are too large to keep: one more reverse pass, over all tokens."""
     key = identity_of({"stage": candidates.folder.name, "recipes": dict(recipes)})[:16]
+    # A site whose block is gone is encoded as the cheapest it can be and then left out.
+    encoded = {n: candidates.sites[n].candidates[0].recipe if surgery(r) else r for n, r in recipes.items()}
     return find_candidates(
-        calibration, Menu((), ()), workers, progress, f"refit {key}", recipes, reverse_uniform
+        calibration, Menu((), ()), workers, progress, f"refit {key}", encoded, reverse_uniform
     )  # fmt: skip
 
 

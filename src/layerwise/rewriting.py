@@ -22,7 +22,7 @@ from layerwise.calibrate.passes import Calibration, Fitted, Part
 from layerwise.errors import InputError
 from layerwise.network.folds import BlockScope, Fold, find_folds
 from layerwise.network.streaming import Streamer
-from layerwise.technique import Rewrite, parse_recipe
+from layerwise.technique import Rewrite, parse_recipe, surgery
 
 AS_IS = "as is"
 PROBED_SEQUENCES = 2  # that folds are tried on
@@ -40,7 +40,9 @@ class Alternative:
 
 @cache
 def chain_of(recipe: str) -> str:
-    """The rewrites of a recipe as text, ``awq``; ``as is`` without any."""
+    """The alternative that a recipe belongs to: its rewrites as text, ``awq``; a surgeon; ``as is`` without any."""
+    if gone := surgery(recipe):
+        return str(gone)
     return "+".join(str(r) for r in parse_recipe(recipe).rewrites) or AS_IS
 
 

@@ -107,6 +107,33 @@ class Rewrite(Technique):
         """Return the rewritten scope; refuse by ``InputError`` a block where no exact rewrite exists."""
 
 
+class Surgeon(Technique):
+    """A network in, the same network with other blocks out.
+
+    A surgeon decides which of the dense network's blocks run, and in which order; ``network/reblocked.py`` makes the
+    network of that order, whose config, weights and names agree, so that every other tool loads it. In a plan its name
+    is the recipe of every site of a block that is gone.
+    """
+
+    role = "surgeon"
+
+    @abstractmethod
+    def order(self, blocks: Sequence[BlockMeasure]) -> tuple[int, ...]:
+        """Indices of the dense network's blocks that remain, in execution order."""
+
+
+@dataclass(frozen=True)
+class BlockMeasure:
+    """What was measured of one block.
+
+    damage:    rise of the loss when the block alone is taken out, in the loss's own unit.
+    influence: 1 - mean cosine between its input and its output (ShortGPT's block influence).
+    """
+
+    damage: float
+    influence: float
+
+
 class Allocator(Technique):
     """Candidates and a budget in, one choice per site out."""
 
@@ -204,6 +231,22 @@ def parse_technique(text: str) -> Technique:
             raise InputError(f"option {key!r} of {cls.name} needs a value, written {key}=VALUE")
         options[key] = _read(cls.name, fields[key], value)
     return cls(**options)
+
+
+@cache
+def surgery(text: str) -> Surgeon | None:
+    """The surgeon that a site's recipe names, where its block is gone; None for a recipe that stores something."""
+    name = text.partition(":")[0].strip()
+    if "+" in text or name.replace("-", "_") not in technique_files() or not issubclass(find(name), Surgeon):
+        return None
+    found = parse_technique(text)
+    assert isinstance(found, Surgeon)
+    return found
+
+
+def canonical(text: str) -> str:
+    """A site's recipe as we write it; raises ``InputError`` for what is none."""
+    return str(surgery(text) or parse_recipe(text))
 
 
 def parse_recipe(text: str) -> Recipe:

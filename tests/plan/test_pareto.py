@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from tests.plan.trees import block_tree, every_plan, network_tree, plan_count, r
 
 from layerwise.errors import InputError
 from layerwise.plan.pareto import GAP, Pareto, front
-from layerwise.plan.tree import Candidate, Choice, Leaf, Sum
+from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
 
 
 @pytest.mark.parametrize("start", range(0, 300, 50))
@@ -31,6 +32,30 @@ def test_optimal_among_all_plans(start: int) -> None:
             found = (solution.allocation.damage, solution.allocation.bytes)
             assert found == min((damage, size) for size, damage in keys if size <= budget)
             assert solution.gap == 0.0
+
+
+@pytest.mark.parametrize("start", range(0, 60, 20))
+def test_bytes_may_be_below_zero(start: int) -> None:
+    """A block that is taken out takes its norms along, which a plan's fixed part had counted."""
+    for seed in range(start, start + 20):
+        generator = np.random.default_rng(seed)
+        tree = shifted(random_tree(generator), 3)
+        if plan_count(tree) > 1500:
+            continue
+        keys = sorted((plan.bytes, plan.damage) for plan in every_plan(tree))
+        budgets = [keys[i][0] for i in generator.integers(0, len(keys), 3)]
+        for budget, solution in zip(budgets, Pareto().solve(tree, budgets), strict=True):
+            found = (solution.allocation.damage, solution.allocation.bytes)
+            assert found == min((damage, size) for size, damage in keys if size <= budget)
+
+
+def shifted(node: Node, fewer: int) -> Node:
+    """The tree with so many bytes less at every candidate."""
+    if isinstance(node, Leaf):
+        return Leaf(node.name, tuple(replace(c, bytes=c.bytes - fewer) for c in node.candidates))
+    if isinstance(node, Sum):
+        return Sum(node.name, tuple(shifted(child, fewer) for child in node.children))
+    return Choice(node.name, tuple((label, shifted(option, fewer)) for label, option in node.options))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -147,3 +147,13 @@ def pad_texts(texts: Sequence[list[int]], pad: int) -> Batch:
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
         mask[row, : len(ids)] = 1
     return Batch(tokens, None if bool(mask.all()) else mask)
+
+
+def first_tokens(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """As many batches as it takes to have this many tokens."""
+    out: list[Batch] = []
+    for batch in batches:
+        if out and tokens_in(out) >= tokens:
+            break
+        out.append(batch)
+    return out

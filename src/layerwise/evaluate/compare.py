@@ -17,6 +17,7 @@ from torch import Tensor
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block
 from layerwise.loss import Loss
 from layerwise.network.network import Network, hidden_width, output_width
+from layerwise.network.overlay import Overlay
 from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
 
 
@@ -45,7 +46,7 @@ def compare(
     advance: called once a block of each network, for progress.
     """
     named: dict[str, Weights] = {"dense": network, **variants}
-    streamers = {name: Streamer(network.again(), weights, device) for name, weights in named.items()}
+    streamers = {name: Streamer(body_of(weights, network).again(), weights, device) for name, weights in named.items()}
     finals = {}
     for i, (name, streamer) in enumerate(streamers.items()):
         finals[name] = run_blocks(streamer, batches, folder, f"compare{i}", advance)
@@ -67,6 +68,11 @@ def compare(
     for boundary in finals.values():
         boundary.remove()
     return measured
+
+
+def body_of(weights: Weights, network: Network) -> Network:
+    """The network whose blocks these weights fill: a plan may have taken some out."""
+    return weights.network if isinstance(weights, Overlay) else network
 
 
 def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefix: str, advance: Callable[[], None]):  # type: ignore[no-untyped-def]

@@ -109,6 +109,13 @@ class StoredNames:
                     f"layerwise starts from float32, float16 or bfloat16 weights"
                 )
 
+    @classmethod
+    def known(cls, of: Mapping[str, str]) -> StoredNames:
+        """Names that are known already: parameter -> tensor of the checkpoint."""
+        names = cls.__new__(cls)
+        names.of = dict(of)
+        return names
+
 
 def renamed_norm(name: str) -> str:
     """Old BERT checkpoints call a norm's weight gamma and its bias beta."""

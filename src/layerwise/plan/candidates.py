@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
 from layerwise.errors import InputError
 from layerwise.plan.tree import Candidate
-from layerwise.technique import parse_recipe
+from layerwise.technique import parse_recipe, surgery
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,9 @@ def non_dominated(candidates: Sequence[Candidate]) -> list[int]:
 
 
 def layout_of(recipe: str, rows: int, columns: int) -> Layout:
-    """What a recipe will store for a matrix of this shape, known without encoding it."""
+    """What a recipe will store for a matrix of this shape, before it is encoded; nothing where its block is gone."""
+    if surgery(recipe):
+        return {}
     return parse_recipe(recipe).encoder.layout(rows, columns)
 
 

@@ -25,7 +25,7 @@ from layerwise.errors import InputError, nearest
 from layerwise.plan.neighbours import Step, all_neighbours
 from layerwise.plan.reading import MANY, Reader, read_json
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum
-from layerwise.technique import parse_recipe
+from layerwise.technique import canonical, surgery
 
 FORMAT = "layerwise-plan"
 VERSION = 1
@@ -186,11 +186,12 @@ def read_plan(path: str | os.PathLike[str]) -> PlanFile:
 
 def _site(entry: Reader, recipes: dict[str, str]) -> PlanSite:
     entry.only("recipe", "bytes", "damage", "bpw", "parameters", "next_better", "next_cheaper")
+    recipe = _recipe(entry, recipes)
     return PlanSite(
-        _recipe(entry, recipes),
-        entry.whole("bytes", 0),
+        recipe,
+        entry.whole("bytes", -MANY if surgery(recipe) else 0),  # a block that is gone takes its norms along
         entry.number("damage", 0.0),
-        entry.number("bpw", 0.0),
+        entry.number("bpw"),
         entry.whole("parameters", 1),
         _step(entry, "next_better", recipes),
         _step(entry, "next_cheaper", recipes),
@@ -210,7 +211,7 @@ def _recipe(entry: Reader, recipes: dict[str, str]) -> str:
     text = entry.text("recipe")
     if text not in recipes:
         try:
-            recipes[text] = str(parse_recipe(text))
+            recipes[text] = canonical(text)
         except InputError as error:
             raise InputError(f"{entry.where} has an impossible recipe: {error}") from None
     return recipes[text]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from layerwise.errors import InputError
-from layerwise.technique import Encoder, Recipe, Rewrite, find, parse_recipe, parse_technique
+from layerwise.technique import Encoder, Recipe, Rewrite, canonical, find, parse_recipe, parse_technique, surgery
 
 # (bits, group) of a linear, and of a table, which is larger and slower to encode
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))
@@ -27,6 +27,7 @@ class Menu:
 
     linear: tuple[str, ...]
     table: tuple[str, ...]
+    surgeons: tuple[str, ...] = ()  # that may take whole blocks out
 
     def of(self, kind: str, columns: int) -> tuple[str, ...]:
         """The recipes for a site of this kind and width, without those that are the same grid at this width."""
@@ -37,12 +38,15 @@ class Menu:
 def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
     """The menu of some techniques: ``["gptq", "awq+rtn", "hqq:bits=3,group=64"]``.
 
-    A technique without options stands for its whole range of widths and groups; one with options for itself alone.
+    A technique without options stands for its whole range of widths and groups; one with options for itself alone. A
+    surgeon adds the removal of blocks to whatever else is asked for.
     The 16-bit candidate is always there.
     """
     linear: list[str] = []
     table: list[str] = []
-    for text in techniques or DEFAULT_TECHNIQUES:
+    surgeons = tuple(text for text in techniques if surgery(text))
+    others = [text for text in techniques if text not in surgeons]
+    for text in others or DEFAULT_TECHNIQUES:
         chain, encoder = _parts(text)
         if ":" in text:
             recipe = str(parse_recipe(text))
@@ -53,7 +57,9 @@ def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
             prefix = "+".join(chain) + "+" if chain and out is linear else ""
             out += [str(parse_recipe(prefix + made)) for made in _settings(encoder, grids)]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
-    return Menu(_distinct([*linear, plain]), _distinct([*table, plain]))
+    return Menu(
+        _distinct([*linear, plain]), _distinct([*table, plain]), _distinct([canonical(text) for text in surgeons])
+    )
 
 
 def uniform_recipes(recipe: Recipe, embeddings: str) -> tuple[str, str]:

@@ -132,10 +132,10 @@ def _undominated(leaf: Leaf) -> tuple[Ints, Floats, Ints]:
     if not leaf.candidates:
         raise InputError(f"site {leaf.name!r} has no candidate; at least one recipe must apply to it")
     for c in leaf.candidates:
-        if not (math.isfinite(c.damage) and c.damage >= 0) or not 0 <= c.bytes < LARGEST_TOTAL:
+        if not (math.isfinite(c.damage) and c.damage >= 0) or not -LARGEST_TOTAL < c.bytes < LARGEST_TOTAL:
             raise InputError(
-                f"candidate {c.recipe!r} of site {leaf.name!r} has {c.bytes} bytes and damage {c.damage}; both must be "
-                f"finite and not negative"
+                f"candidate {c.recipe!r} of site {leaf.name!r} has {c.bytes} bytes and damage {c.damage}; a "
+                f"damage must be finite and not negative, bytes below 2^61"
             )
     order = sorted(range(len(leaf.candidates)), key=lambda i: (leaf.candidates[i].bytes, leaf.candidates[i].damage, i))
     kept: list[int] = []

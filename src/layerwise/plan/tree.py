@@ -19,7 +19,8 @@ from dataclasses import dataclass
 class Candidate:
     """One recipe at one site.
 
-    bytes:   what choosing it adds to the file, its share of the header included.
+    bytes:   what choosing it adds to the file, its share of the header included; below zero where a block that is
+             taken out takes its norms along.
     damage:  predicted rise of the loss, in the loss's own unit; finite and not negative.
     seconds: predicted time of one forward pass over it, zero when unknown.
     """
