@@ -190,6 +190,7 @@ def front_of(prepared: Prepared, candidates: Candidates, tree: Node) -> dict[str
     """Plans at ``FRONT_POINTS`` budgets from the smallest to the largest file, spaced evenly in ratio."""
     low, high = size_range(tree)
     fixed = prepared.range.fixed
+    low = max(low, prepared.range.smallest - fixed)  # not the plan that takes every block out
     ratio = ((high + fixed) / (low + fixed)) ** (1 / (FRONT_POINTS - 1))
     budgets = [max(low, min(high, round((low + fixed) * ratio**i) - fixed)) for i in range(FRONT_POINTS)]
     names = list(dict.fromkeys(c.recipe for leaf in leaves(tree) for c in leaf.candidates))
