@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup")
+SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -94,3 +94,20 @@ def test_the_command_is_shown_without_where_it_writes(monkeypatch: pytest.Monkey
         [str(ROOT / "benchmarks" / "quality.py"), "net", "--json", "a.json", "--markdown=b.md", "--bits", "4"],
     )
     assert command() == "python benchmarks/quality.py net --bits 4"
+
+
+def test_average_precision() -> None:
+    from benchmarks.papers_search import average_precision
+
+    assert average_precision([4, 7, 1], {4, 1}) == (1 + 2 / 3) / 2
+    assert average_precision([7], {4, 1}) == 0
+
+
+def test_absent_relevance_lists_are_skipped_with_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import papers_search
+
+    monkeypatch.setattr("sys.argv", ["papers_search", str(tmp_path / "listings.json")])
+    assert papers_search.main() == 0
+    assert capsys.readouterr().out.startswith("skipped: there are no relevance lists")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from layerwise.cli import calibrate, compress, evaluate, export, inspect, plan, report
+from layerwise.cli import calibrate, compress, evaluate, export, inspect, papers, plan, report
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
 
@@ -30,6 +30,7 @@ app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("papers")(papers.papers)
 
 
 RESUMABLE = ("compress", "calibrate", "plan")
