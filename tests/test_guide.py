@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import types
@@ -17,6 +18,15 @@ from layerwise.technique import parse_technique
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def generator() -> Any:
+    """``docs/reference.py``, which makes pages while the guide is built."""
+    spec = importlib.util.spec_from_file_location("docs_reference", ROOT / "docs" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -62,6 +72,35 @@ def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor,
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    made = generator().PAGES if page.parent.name == "docs" else ()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if not target.startswith(("http://", "https://", "#")):
+        if not target.startswith(("http://", "https://", "#")) and target not in made:
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def test_the_generated_reference_names_every_technique_option_verb_and_row() -> None:
+    """The pages come from the package, so what is asserted is that nothing is left out."""
+    import dataclasses
+
+    from layerwise.evidence.rows import read_evidence, techniques_with_evidence
+    from layerwise.technique import find, names
+
+    pages = generator().pages()
+    for name in names():
+        section = pages["techniques.md"].partition(f"### {name}\n")[2].partition("\n### ")[0]
+        assert find(name).paper in section
+        assert all(f"| `{field.name}` |" in section for field in dataclasses.fields(find(name)))
+    for verb, command in generator().verbs():
+        section = pages["commands.md"].partition(f"## layerwise {verb}\n")[2].partition("\n## ")[0]
+        options = [p.opts[0] for p in command.params if p.param_type_name == "option" and "--help" not in p.opts]
+        assert all(f"| `{option}` |" in section for option in options), verb
+    for name in techniques_with_evidence():
+        section = pages["evidence.md"].partition(f"## {name}\n")[2].partition("\n## ")[0]
+        found = read_evidence(name)
+        assert found is not None and section.count("\n| `") == len(found.rows)
+
+
+def test_the_guide_lists_every_page() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("nav:")[2]
+    written = {page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")}
+    assert all(name in nav for name in written | set(generator().PAGES))

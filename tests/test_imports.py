@@ -35,6 +35,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "report": frozenset({"network", "encoding", "plan"}),
     "export": frozenset({"network", "encoding", "plan"}),
     "papers": frozenset({"technique"}),
+    "evidence": frozenset(),
     "compress": EVERYTHING,
     "acts": EVERYTHING,
     "cli": EVERYTHING,
@@ -51,8 +52,9 @@ WIDENED: dict[str, frozenset[str]] = {
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
 VALUES = {"layerwise.calibrate.statistics"}
-# The two compositions: the whole job, and the acts one by one for the library. Only the outside knows them.
-COMPOSITIONS = {"compress", "acts"}
+# The compositions: the whole job, the acts one by one for the library, and two that measure techniques against each
+# other. Only the outside knows them.
+COMPOSITIONS = {"compress", "acts", "bench", "side_by_side"}
 WHO_MAY_COMPOSE = {*COMPOSITIONS, "cli", "__init__", "__main__"}
 
 # What the verbs may use besides the project and the standard library: parse, call, print.

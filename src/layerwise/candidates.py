@@ -6,6 +6,7 @@ among them in seconds, for any budget, without touching the network again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def find_candidates(
     only: Mapping[str, str] | None = None,
     parts: Callable[[Calibration, set[str]], Iterable[Part]] = reverse,
     again: bool = False,
+    all_kept: bool = False,
 ) -> Candidates:
     """Run the reverse pass, or what is left of it, and encode every candidate.
 
@@ -60,6 +62,7 @@ def find_candidates(
     parts:      where statistics come from: ``reverse``, ``reverse_uniform`` or, without gradients, ``input_parts``.
     again: keep the statistics of every site, so that the chosen recipes can be encoded again (``layerwise.refit``,
                 ``layerwise.sequential``).
+    all_kept:   keep the encodings that another beats in bytes and damage too, for comparisons between techniques.
 
     Raises ``InputError`` for a rewrite that no block of the network has a place for.
     """
@@ -76,7 +79,8 @@ def find_candidates(
         for _ in finished:
             advance()
         for part in parts(calibration, finished):
-            alternatives, refused = alternatives_of(network, part, rewriter, menu, only)
+            spent: dict[str, float] = {}
+            alternatives, refused = alternatives_of(network, part, rewriter, menu, only, spent)
             entry: dict[str, Any] = {}
             for label, alternative in alternatives:
                 recipes = {
@@ -85,11 +89,12 @@ def find_candidates(
                 }
                 if alternative is not None:
                     keep_alternative(folder, part.unit, alternative, again)
-                encode_alternative(network, part, alternative, recipes, folder, workers, entry)
+                encode_alternative(network, part, alternative, recipes, folder, workers, entry, all_kept)
                 if again:
                     for name, fitted in (alternative or part).sites.items():
                         save_statistics(statistics_file(folder, name, label), merged(fitted.fit, fitted.judge))
             journal.record(f"{stage}/{part.unit}/refused", refused)
+            journal.record(f"{stage}/{part.unit}/seconds", spent)
             if again:
                 journal.record(f"{stage}/{part.unit}/statistics", None)
             journal.record(f"{stage}/{part.unit}", entry)
@@ -101,21 +106,31 @@ def find_candidates(
 
 
 def alternatives_of(
-    network: Network, part: Part, rewriter: Rewriter, menu: Menu, only: Mapping[str, str]
+    network: Network,
+    part: Part,
+    rewriter: Rewriter,
+    menu: Menu,
+    only: Mapping[str, str],
+    spent: dict[str, float],
 ) -> tuple[list[tuple[str, Alternative | None]], dict[str, str]]:
-    """(the alternatives of a unit by label, None for "as is"; the refusals of the others)."""
+    """(the alternatives of a unit by label, None for "as is"; the refusals of the others).
+
+    spent: receives the seconds that each chain of rewrites took.
+    """
     if part.unit not in network.tree.blocks:
         return [(AS_IS, None)], {}
     fixed = [only[s.name] for s in sites_of(network, part) if s.name in only]
     accepted: list[tuple[str, Alternative | None]] = []
     refused: dict[str, str] = {}
     for label in chains([*menu.linear, *fixed]):
+        began = time.process_time()
         try:
             accepted.append((label, rewriter.alternative(part, label)))
         except InputError as reason:
             if label in chains(fixed):
                 raise
             refused[label] = str(reason)
+        spent[label] = round(time.process_time() - began, 4)
     # A uniform recipe with a rewrite leaves a block as it is only where the rewrite is refused.
     as_is = not accepted or all(
         recipes_at(s, AS_IS, menu, part.unreached, only, network, False) for s in sites_of(network, part)
@@ -189,6 +204,7 @@ def encode_alternative(
     folder: Path,
     workers: int,
     entry: dict[str, Any],
+    all_kept: bool,
 ) -> None:
     """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry."""
     sites = {s.name: s for s in sites_of(network, part)}
@@ -203,13 +219,15 @@ def encode_alternative(
             removed[name] = damage(weights[name], judge)
         return encode_candidate(name, weights[name], recipe, fit, judge, removed[name])
 
+    wanted = all_places if all_kept else non_dominated
     removed: dict[str, float] = {}
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
     label = alternative.label if alternative else AS_IS
     for (name, _), encoding in zip(tasks, each(work, tasks, workers), strict=True):
         found[name].append(encoding)
         if len(found[name]) == len(recipes[name]):
-            kept = keep(sites[name], found.pop(name), part, encodings_file(folder, name, label), largest_file(network))
+            file = encodings_file(folder, name, label)
+            kept = keep(sites[name], found.pop(name), part, file, largest_file(network), wanted)
             if name in entry:
                 entry[name]["candidates"] += kept["candidates"]
                 entry[name]["dominated"] += kept["dominated"]
@@ -224,14 +242,25 @@ def statistics_at(measured: Mapping[str, Fitted], site: Site) -> tuple[SiteStati
     return nothing_known, nothing_known
 
 
-def keep(site: Site, encodings: list[Encoding], part: Part, file: Path, below: int) -> dict[str, Any]:
+def all_places(candidates: Sequence[Candidate]) -> list[int]:
+    return list(range(len(candidates)))
+
+
+def keep(
+    site: Site,
+    encodings: list[Encoding],
+    part: Part,
+    file: Path,
+    below: int,
+    wanted: Callable[[Sequence[Candidate]], list[int]],
+) -> dict[str, Any]:
     """Write the encodings that may enter a plan to ``file``; returns the site's share of the journal's entry."""
     reached = site.name in part.sites
     all_found = [
         Candidate(e.recipe, stored_bytes(site.name, layout(e.encoded), below), e.damage if reached else 0.0)
         for e in encodings
     ]
-    kept = non_dominated(all_found)
+    kept = wanted(all_found)
     tensors: dict[str, Tensor] = {}
     for place, index in enumerate(kept):
         for suffix, tensor in encodings[index].encoded.tensors().items():
@@ -250,7 +279,10 @@ def keep(site: Site, encodings: list[Encoding], part: Part, file: Path, below: i
             }
             for place, i in enumerate(kept)
         ],
-        "dominated": [{"recipe": c.recipe, "bytes": c.bytes, "damage": c.damage} for c in all_found],
+        "dominated": [
+            {"recipe": c.recipe, "bytes": c.bytes, "damage": c.damage, "seconds": round(e.seconds, 4)}
+            for c, e in zip(all_found, encodings, strict=True)
+        ],
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from layerwise.cli import calibrate, compress, evaluate, export, inspect, papers, plan, report
+from layerwise.cli import bench, calibrate, compare, compress, evaluate, export, inspect, papers, plan, report
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
 
@@ -31,6 +31,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
+app.command("compare")(compare.compare)
+app.command("bench")(bench.bench)
 
 
 RESUMABLE = ("compress", "calibrate", "plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Encoding:
-    """A candidate together with what would be stored."""
+    """A candidate together with what would be stored; ``seconds`` of its thread's time that the encoder took."""
 
     recipe: str
     encoded: Encoded
     damage: float
+    seconds: float = 0.0
 
 
 def encode_candidate(
@@ -40,7 +42,9 @@ def encode_candidate(
     from layerwise.sensitivity.kronecker import damage
 
     encoder = parse_recipe(recipe).encoder
+    began = time.thread_time()
     encoded = encoder.encode(weight, fit)
+    seconds = time.thread_time() - began
     decoded = encoded.decode()
     if not bool(torch.isfinite(decoded).all()):
         raise InputError(
@@ -53,7 +57,7 @@ def encode_candidate(
             f"{recipe} does more damage at {site} ({found:.3g}) than leaving the matrix out ({removed:.3g}); "
             f"resume with --redo {site}=RECIPE and another recipe"
         )
-    return Encoding(recipe, encoded, found)
+    return Encoding(recipe, encoded, found, seconds)
 
 
 def non_dominated(candidates: Sequence[Candidate]) -> list[int]:

@@ -1,0 +1,86 @@
+"""``layerwise bench TECHNIQUE``: measure a technique's evidence again."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from layerwise.cli import shared
+
+if TYPE_CHECKING:
+    from layerwise.evidence.rows import Evidence
+
+
+def bench(
+    technique: Annotated[
+        str, typer.Argument(help="A technique, or one with options: gptq:bits=3,group=128.", metavar="TECHNIQUE")
+    ],
+    network: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="DIR", help="Network to measure on; the example in a source checkout by default."),
+    ] = None,
+    calibrate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Calibration text for --network."),
+    ] = None,
+    evaluate: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TEXT", help="Held-out text for --network."),
+    ] = None,
+    seeds: Annotated[str, typer.Option(metavar="A,B", help="Calibration seeds, separated by commas.")] = "0,1",
+    sequences: Annotated[int, typer.Option(help="Calibration sequences.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
+    workers: shared.Workers = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the rows to the technique's evidence file.")] = False,
+    json: shared.Json = False,
+) -> None:
+    """Measure TECHNIQUE against its baseline at equal bytes, and print its evidence rows."""
+    from layerwise.bench import Bench, check, read_seeds
+    from layerwise.bench import bench as run
+    from layerwise.evidence.rows import Evidence, evidence_file, read_evidence, write_evidence
+
+    cores = os.cpu_count() or 1
+    asked = Bench(
+        technique, network, calibrate, evaluate, read_seeds(seeds), sequences, length,
+        cores if workers is None else workers,
+    )  # fmt: skip
+    check(asked)
+    found = run(asked, shared.Bar(quiet=json))
+    if write:
+        before = read_evidence(found.technique) or Evidence(found.technique, found.paper, ())
+        write_evidence(before.replacing(found.rows))
+    if json:
+        print(found.text(), end="")
+        return
+    show(found)
+    if write:
+        print(f"wrote {evidence_file(found.technique)}")
+
+
+def show(found: Evidence) -> None:
+    from layerwise.report.figures import significant
+
+    if not found.rows:
+        return
+    first = found.rows[0]
+    shared.print_table(
+        f"{found.technique} ({found.paper}) on {first.network}: {first.metric}, {first.data}, "
+        f"seeds {' '.join(map(str, first.seeds))}",
+        ("setting", "bytes", first.metric, "±", "baseline", "bytes", first.metric, "ratio"),
+        [
+            (
+                row.setting,
+                f"{row.bytes:,}",
+                significant(row.value, 4),
+                significant(row.spread, 2),
+                row.baseline.recipe,
+                f"{row.baseline.bytes:,}",
+                significant(row.baseline.value, 4),
+                "" if row.ratio is None else f"{row.ratio:.3f}",
+            )
+            for row in found.rows
+        ],
+        numeric=(1, 2, 3, 5, 6, 7),
+    )

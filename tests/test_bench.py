@@ -1,0 +1,105 @@
+"""``layerwise bench``: each role from end to end on a tiny network, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.command import Done, layerwise
+
+from layerwise import bench as module
+from layerwise.bench import Bench, bench, check, settings_of
+from layerwise.errors import InputError
+from layerwise.technique import Allocator
+
+
+@pytest.fixture(scope="module")
+def given(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Options of a small measurement on the tiny network."""
+    from tests.conftest import made_up_sentences
+
+    folder, lines = tmp_path_factory.mktemp("bench"), made_up_sentences()
+    for name, part in (("text.txt", lines[:320]), ("held-out.txt", lines[320:])):
+        (folder / name).write_text("\n".join(part) + "\n", encoding="utf-8")
+    texts = {"calibrate": str(folder / "text.txt"), "evaluate": str(folder / "held-out.txt")}
+    return {"network": str(tiny_llama), **texts, "sequences": 48, "length": 32, "workers": 1}
+
+
+def test_an_encoder_is_held_against_rounding_on_its_grid(given: dict[str, Any]) -> None:
+    found = bench(Bench("gptq:bits=3,group=32", **given, seeds=(0, 1)))
+    assert found.technique == "gptq" and found.paper == "GPTQ"
+    (row,) = found.rows
+    assert row.setting == "gptq:bits=3,group=32" and row.baseline.recipe == "rtn:bits=3,group=32"
+    assert row.bytes == row.baseline.bytes
+    assert 0 < row.value < row.baseline.value  # GPTQ with second moments, not its fall-back to rounding
+    assert row.seeds == (0, 1) and row.spread > 0
+    assert row.command == Bench("gptq:bits=3,group=32", **given, seeds=(0, 1)).command()
+    assert "held-out.txt" in row.data
+
+
+def test_where_sizes_differ_the_baseline_is_larger_or_planned_within_the_bytes(given: dict[str, Any]) -> None:
+    """HQQ stores zeros in 16 bits, so round to nearest on the same grid is smaller."""
+    uniform, planned = bench(Bench("hqq:bits=3,group=32", **given, seeds=(0,))).rows
+    assert uniform.value == planned.value and uniform.bytes == planned.bytes
+    assert uniform.baseline.bytes > uniform.bytes >= planned.baseline.bytes
+    assert planned.baseline.recipe == f"rtn, planned within {uniform.bytes} bytes"
+    assert planned.baseline.bytes > 0.95 * planned.bytes
+    assert uniform.spread == 0
+
+
+def test_a_rewrite_is_held_against_the_same_without_it(given: dict[str, Any]) -> None:
+    rows = bench(Bench("awq:steps=3", **given, seeds=(0,))).rows
+    assert [row.setting for row in rows] == [f"awq:steps=3+rtn:bits={bits},group=64" for bits in (4, 3, 2)]
+    assert [row.baseline.recipe for row in rows] == [f"rtn:bits={bits},group=64" for bits in (4, 3, 2)]
+    assert all(row.bytes == row.baseline.bytes and row.value != row.baseline.value for row in rows)
+
+
+def test_an_allocator_is_held_against_a_uniform_setting(given: dict[str, Any]) -> None:
+    rows = bench(Bench("pareto", **given, seeds=(0,))).rows
+    assert [row.setting for row in rows] == [f"pareto over rtn, {bits} bits" for bits in (4, 3, 2)]
+    assert all(row.bytes <= row.baseline.bytes * 1.005 for row in rows)
+    assert rows[0].value < rows[0].baseline.value
+
+
+def test_settings_come_from_the_name_the_menu_or_the_widths() -> None:
+    assert settings_of("gptq:bits=3,group=32") == ["gptq:bits=3,group=32"]
+    assert settings_of("gptq") == [f"gptq:bits={bits},group=64" for bits in (4, 3, 2)]
+    assert settings_of("dense") == ["dense"]
+
+
+def test_a_role_without_a_measure_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(module.ROLES, Allocator.role)
+    with pytest.raises(InputError, match=r"pareto is an allocator, which bench cannot measure; .* encoder, rewrite"):
+        check(Bench("pareto"))
+
+
+def test_an_installed_package_has_no_example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "EXAMPLES", tmp_path)
+    with pytest.raises(InputError, match="give --network DIR --calibrate TEXT --evaluate TEXT"):
+        check(Bench("rtn"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("gptk",), ("no technique named 'gptk'", "did you mean gptq")),
+        (("gptq:bits=9",), ("'bits'", "from 2 to 8")),
+        (("gptq:bitz=3",), ("no option 'bitz'",)),
+        (("awq+rtn",), ("awq+rtn", "one technique")),
+        (("gptq", "--seeds", "a"), ("--seeds", "whole numbers", "'a'")),
+        (("gptq", "--seeds", "0,0"), ("--seeds", "different")),
+        (("gptq", "--seeds", ","), ("--seeds",)),
+        (("gptq", "--network", "x"), ("--network, --calibrate and --evaluate together",)),
+        (("gptq", "--network", "nowhere", "--calibrate", "a.txt", "--evaluate", "b.txt"), ("nowhere",)),
+        (("gptq", "--length", "2"), ("--length", "from 8")),
+    ],
+)
+def test_mistakes_end_in_one_sentence(arguments: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    refused(layerwise("bench", *arguments), words)
+
+
+def refused(done: Done, words: tuple[str, ...]) -> None:
+    assert done.code == 2, (done.out, done.err)
+    assert len(done.sentences) == 1, done.err
+    assert all(word in done.sentences[0] for word in words), done.err
