@@ -48,6 +48,7 @@ WIDENED: dict[str, frozenset[str]] = {
     "network": frozenset({"encoding"}),  # a network opened with some of its weights in stored form
     "calibrate": frozenset({"engine"}),  # the passes write the journal and say how far they are
     "papers": frozenset({"network"}),  # a query is encoded by a network in stored form
+    "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.

@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.lowrank import LowRank
+from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError, nearest
 
-FORMS: dict[str, type[Encoded]] = {form.form: form for form in (Dense, GroupedInteger)}
+FORMS: dict[str, type[Encoded]] = {form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum)}
 
 
 def restore_form(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoded:

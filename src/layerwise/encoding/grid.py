@@ -214,7 +214,7 @@ def _fit_rows(
     low, high = group_range(weight, grid)
     shrinks = torch.tensor(SHRINKS if clip else SHRINKS[:1])
     wanted = _wanted_step(low, high, grid)[..., None] * shrinks  # [rows, groups, candidates]
-    scale, factor, step = _stored_step(wanted, (high - low == 0)[..., None], grid)
+    scale, factor, step = stored_step(wanted, (high - low == 0)[..., None], grid)
     zero = _zero(low[..., None] * shrinks, step, grid)
     if not clip:
         best = torch.zeros(low.shape, dtype=torch.int64)
@@ -232,7 +232,7 @@ def _wanted_step(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     return high / grid.top - low / grid.top  # each divided first: the difference of the largest floats overflows
 
 
-def _stored_step(wanted: Tensor, empty: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
+def stored_step(wanted: Tensor, empty: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
     """Steps [rows, groups, candidates] -> (stored scales, stored factor of the row, the steps they stand for)."""
     largest = float(wanted.max())
     if largest > LARGEST_STEP * (255 if grid.scale_bits == 8 else 1):
