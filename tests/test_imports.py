@@ -29,7 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "plan": frozenset({"technique", "sensitivity", "encoding"}),
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
     "generate": frozenset({"network", "kernels"}),
-    "probe": frozenset({"network", "calibrate"}),
+    "probe": frozenset({"technique", "network", "calibrate"}),
     "blueprints": frozenset({"network"}),
     "evaluate": frozenset({"network", "encoding", "plan"}),
     "report": frozenset({"network", "encoding", "plan"}),
@@ -52,7 +52,7 @@ WIDENED: dict[str, frozenset[str]] = {
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
-VALUES = {"layerwise.calibrate.statistics"}
+VALUES = {"layerwise.calibrate.statistics", "layerwise.probe.measurement"}
 # The compositions: the whole job, the acts one by one for the library, and two that measure techniques against each
 # other. Only the outside knows them.
 COMPOSITIONS = {"compress", "acts", "bench", "side_by_side"}

@@ -27,6 +27,7 @@ ACTS = {
     "load": ("layerwise.network.load", "load"),
     "calibrate": ("layerwise.acts", "calibrate"),
     "candidates": ("layerwise.acts", "candidates"),
+    "probe": ("layerwise.acts", "probe"),
     "plan": ("layerwise.acts", "plan"),
     "apply": ("layerwise.acts", "apply"),
     "evaluate": ("layerwise.acts", "evaluate"),

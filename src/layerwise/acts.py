@@ -2,6 +2,7 @@
 
     network     = layerwise.open("MODEL")
     calibration = layerwise.calibrate(network, "text.txt", work="WORK")
+    seen        = layerwise.probe(network, "block_influence", calibration)
     candidates  = layerwise.candidates(calibration, techniques=("two_sided", "gptq"))
     chosen      = layerwise.plan(candidates, "4.5bpw")
     compressed  = layerwise.apply(candidates, chosen)
@@ -41,8 +42,10 @@ from layerwise.plan.constraints import constrain
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation
-from layerwise.prepare import Options, longest, open_tokenizer, reachable
+from layerwise.prepare import Options, check_device, check_tokens, longest, open_tokenizer, reachable
+from layerwise.probe.measurement import Measurement
 from layerwise.removal import find_removals
+from layerwise.technique import BLOCK_INPUTS, Probe, parse_probe
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,13 @@ def calibrate(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    check_device(device)
     loss = loss_of(network.architecture, network.checkpoint.directory, pooling)
+    source = read_text(text, text_column)
     splits = make_splits(
-        read_text(text, text_column), open_tokenizer(network), loss.causal, sequences,
-        min(length, longest(network)), seed,
+        source, open_tokenizer(network), loss.causal, sequences, min(length, longest(network)), seed
     )  # fmt: skip
+    check_tokens(splits.all, source, network)
     folder = Path(work) if work is not None else Path(tempfile.mkdtemp(prefix="layerwise-")) / "work"
     identity = {
         "weights": network.checkpoint.fingerprint(), "tokens": splits.fingerprint(), "loss": [loss.kind, loss.pooling],
@@ -86,6 +91,32 @@ def calibrate(
     calibration = Calibration(network, loss, splits, Journal(folder, identity_of(identity)), seed, device)
     forward(calibration, Stopwatch(progress))
     return calibration
+
+
+def probe(
+    network: Network,
+    probe: str | Probe,
+    calibration: Calibration | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Measurement:
+    """Look at a network and change nothing: ``layerwise.probe(network, "spectrum_alpha")``.
+
+    A probe that reads hidden states takes them from ``calibration``, or from a forward pass of its own in a temporary
+    folder; ``options`` are then those of ``calibrate`` (``text``, ``sequences``, ``length``, ``seed``, …). A probe that
+    reads weights alone has no use for them.
+    """
+    found = parse_probe(probe) if isinstance(probe, str) else probe
+    network.checkpoint.check_finite()
+    if calibration is not None or BLOCK_INPUTS not in found.needs:
+        return found.measure(network, calibration)
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        calibration = calibrate(network, work=Path(folder) / "work", progress=progress, **options)
+        try:
+            return found.measure(network, calibration)
+        finally:
+            calibration.journal.close()
 
 
 def candidates(

@@ -29,10 +29,13 @@ from layerwise.errors import InputError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layerwise.calibrate.passes import Calibration
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.network.folds import BlockScope
+    from layerwise.network.network import Network
     from layerwise.plan.tree import Allocation, Node
+    from layerwise.probe.measurement import Measurement
 
 FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan", "probe")
 
@@ -41,6 +44,7 @@ SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
 INPUT_SQUARES = "second moment of each input alone"  # diag H
 GRADIENT_MOMENT = "marginals of the gradient with respect to the weight"  # R = E[M M^T], C = E[M^T M]
 ABSOLUTE_MEAN = "absolute mean of the inputs"  # E|x|
+BLOCK_INPUTS = "hidden states at every block boundary"  # for probes: a calibration whose forward pass has run
 
 
 def option(
@@ -142,6 +146,16 @@ class Allocator(Technique):
     @abstractmethod
     def allocate(self, tree: Node, budget: int) -> Allocation:
         """Choose so that the bytes fit ``budget``; an infeasible budget names the smallest feasible one."""
+
+
+class Probe(Technique):
+    """A network in, a measurement with its pictures out; the network is bit-identical afterwards."""
+
+    role = "probe"
+
+    @abstractmethod
+    def measure(self, network: Network, calibration: Calibration | None) -> Measurement:
+        """Measure ``network``; a probe that needs ``BLOCK_INPUTS`` gets a calibration whose forward pass has run."""
 
 
 T = TypeVar("T", bound=type[Technique])
@@ -260,6 +274,20 @@ def parse_recipe(text: str) -> Recipe:
             f"or awq+rtn:bits=4"
         )
     return Recipe(rewrites, encoders[0])
+
+
+def parse_probe(text: str, seed: int = 0) -> Probe:
+    """``spectrum_alpha:estimator=hill`` -> a probe; another kind of technique, or none, names the probes there are.
+
+    ``seed`` is used where the probe has an option of that name that the text does not set.
+    """
+    name = text.partition(":")[0].strip().replace("-", "_")
+    if name not in (known := names(Probe)):
+        what = "is no probe" if name in technique_files() else "does not exist"
+        raise InputError(f"the probe {name!r} {what}; the probes are {', '.join(known)}")
+    found = parse_technique(text)
+    assert isinstance(found, Probe)
+    return dataclasses.replace(found, seed=seed) if getattr(found, "seed", None) == 0 else found  # type: ignore[type-var]
 
 
 # ---------------------------------------------------------------- option values

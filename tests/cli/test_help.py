@@ -14,7 +14,19 @@ from layerwise.cli.main import app
 from layerwise.cli.shared import split_techniques
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("compress", "inspect", "calibrate", "plan", "evaluate", "export", "report", "compare", "bench", "papers")
+VERBS = (
+    "compress",
+    "inspect",
+    "calibrate",
+    "plan",
+    "evaluate",
+    "export",
+    "report",
+    "compare",
+    "bench",
+    "papers",
+    "probe",
+)
 
 
 def commands() -> dict[str, Any]:
@@ -69,7 +81,7 @@ def test_every_option_says_what_it_does(words: str, option: Any) -> None:
 def test_every_table_can_be_had_as_json() -> None:
     prints_tables = {
         "compress", "inspect", "calibrate", "evaluate", "report", "plan make", "plan show", "plan diff", "compare",
-        "bench", "papers",
+        "bench", "papers", "probe",
     }  # fmt: skip
     with_json = {words for words, option in OPTIONS if "--json" in option.opts}
     assert prints_tables == with_json

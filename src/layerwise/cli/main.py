@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from layerwise.cli import bench, calibrate, compare, compress, evaluate, export, inspect, papers, plan, report
+from layerwise.cli import bench, calibrate, compare, compress, evaluate, export, inspect, papers, plan, probe, report
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
 
@@ -29,6 +29,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("probe")(probe.probe)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)

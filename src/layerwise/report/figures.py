@@ -52,6 +52,15 @@ def significant(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - power)}f}"
 
 
+def probe_value(value: float | int | str | None, digits: int = 3) -> str:
+    """A probe's figure as it is read: a count whole, nothing where nothing was measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else significant(value, digits)
+
+
 def megabytes(count: int | float) -> str:
     """Bytes in the decimal unit that keeps three digits: ``90.9 MB``."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
