@@ -19,11 +19,12 @@ from layerwise.evaluate.sentences import spearman
 from layerwise.evaluate.sites import measure_sites, single_site_changes
 from layerwise.kept import Candidates, all_damages, size_range
 from layerwise.plan.candidates import recipe_bpw
+from layerwise.plan.constraints import is_dense
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared
 from layerwise.rewriting import AS_IS
-from layerwise.technique import parse_recipe
+from layerwise.technique import parse_recipe, surgery
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
@@ -167,6 +168,7 @@ def site_rows(candidates: Candidates, allocation: Allocation, applied: Applied) 
                 "rows": site.rows,
                 "columns": site.columns,
                 "recipe": chosen.recipe,
+                "family": family_of(chosen.recipe),
                 "bytes": chosen.bytes,
                 "bpw": round(recipe_bpw(chosen.recipe, site.rows, site.columns), 4),
                 "damage": chosen.damage,
@@ -177,6 +179,11 @@ def site_rows(candidates: Candidates, allocation: Allocation, applied: Applied) 
             }
         )
     return out
+
+
+def family_of(recipe: str) -> str:
+    """The family that a site was given to: that of its encoder, or of the surgeon that took its block out."""
+    return "kept" if is_dense(recipe) else (surgery(recipe) or parse_recipe(recipe).encoder).family
 
 
 def step(change: Any, size: int, damage: float) -> dict[str, Any] | None:

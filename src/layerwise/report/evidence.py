@@ -100,6 +100,7 @@ class Alternative(TypedDict):
 
 class Site(TypedDict):
     site: str
+    family: NotRequired[str]  # of the technique that won the site
     block: NotRequired[str | None]
     kind: Literal["linear", "table", "head", "other"]
     rows: int

@@ -124,9 +124,12 @@ def agreement_section(evidence: Mapping[str, Any]) -> str:
 
 
 def winners(evidence: Mapping[str, Any]) -> str:
-    """Bytes of the plan by encoder, by bits and by recipe."""
+    """Bytes of the plan by family where several won sites, by encoder, by bits and by recipe."""
     sites = evidence["sites"]
-    groups: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+    groups: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
+    if len({site.get("family") for site in sites} - {None, "kept"}) > 1:
+        groups.append(("By family", lambda s: s["family"]))
+    groups += [
         ("By encoder", lambda s: encoder_of(s["recipe"])),
         ("By bits", lambda s: bits_of(s["recipe"], s["bpw"]) + " bits"),
         ("By recipe", lambda s: s["recipe"]),
