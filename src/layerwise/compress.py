@@ -32,7 +32,8 @@ from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.sequential import propagate
-from layerwise.technique import SECOND_MOMENT, parse_recipe
+from layerwise.technique import SECOND_MOMENT, parse_recipe, parse_tuner
+from layerwise.tuning import tune
 from layerwise.uniform import Baseline, find_baseline
 
 
@@ -159,9 +160,9 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
         allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
         advance()
     chosen = {name: c.recipe for name, c in allocation.sites.items()}
+    splits = prepared.splits
+    batches = splits.all if options.uniform else (*splits.fit, *splits.judge)
     if options.sequential:
-        splits = prepared.splits
-        batches = splits.all if options.uniform else (*splits.fit, *splits.judge)
         written = propagate(calibration, candidates, chosen, batches, options.workers, watch)
     elif options.uniform:
         written = candidates  # encoded on all tokens already
@@ -169,6 +170,8 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
         keeps = keeps_statistics(options, prepared.network)
         again = refit if keeps else refit_by_pass
         written = again(calibration, candidates, chosen, options.workers, watch)
+    if options.tune:
+        written = tune(calibration, written, chosen, parse_tuner(options.tune), batches, watch)
     out = Path(options.out)
     with staged(out, options.force) as part:
         with watch.stage("write", 1) as advance:

@@ -12,8 +12,9 @@ from typing import Any
 
 from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import tokens_in
-from layerwise.prepare import Options, Prepared, disk_needed, prepare, recipes_for
+from layerwise.prepare import Options, Prepared, disk_needed, longest, prepare, recipes_for
 from layerwise.report.figures import duration, megabytes
+from layerwise.technique import parse_tuner
 
 SECONDS_PER_WEIGHT = 2.5e-7  # one candidate of the slowest encoder, one thread
 PROCESS_BYTES = 450_000_000  # torch and transformers, loaded
@@ -81,6 +82,10 @@ def seconds_needed(prepared: Prepared) -> float:
     fitted = tokens_in((*prepared.splits.fit, *prepared.splits.judge))
     passes = 2 * linears * (tokens_in(prepared.splits.all) + fitted * (1 + DRAWS))
     passes += 2 * linears * tokens_in(prepared.evaluation.batches) * 3
+    if options.tune:
+        tuner = parse_tuner(options.tune)
+        inside = sum(s.parameters for s in network.tree.sites if s.block)
+        passes += 6 * inside * tuner.passes() * tuner.sequences * min(options.length, longest(network))
     encoding = sum(
         s.parameters * SECONDS_PER_WEIGHT
         for s in network.tree.sites

@@ -32,7 +32,7 @@ from layerwise.plan.constraints import matching
 from layerwise.plan.file import read_plan
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
-from layerwise.technique import BlockMeasure, parse_recipe, parse_technique
+from layerwise.technique import BlockMeasure, parse_recipe, parse_technique, parse_tuner
 
 LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass
 METADATA = {"format": "pt"}
@@ -62,6 +62,7 @@ class Options:
     device: str = "cpu"
     work: str | None = None
     sequential: bool = False
+    tune: str | None = None
     baseline: bool = True
     force: bool = False
     keep: tuple[str, ...] = ()
@@ -82,6 +83,8 @@ class Options:
             raise InputError(f"give only one of {listed}")
         if self.dtype not in ("auto", "float16", "bfloat16"):
             raise InputError(f"--dtype must be auto, float16 or bfloat16, not {self.dtype!r}")
+        if self.tune is not None:
+            parse_tuner(self.tune)
 
 
 @dataclass(frozen=True)
@@ -353,13 +356,16 @@ def disk_needed(prepared: Prepared) -> int:
     network = prepared.network
     width, blocks = hidden_width(network), len(network.tree.blocks)
     padded = sum(b.tokens.numel() for b in prepared.splits.all)
-    states = padded * width * 4 * (blocks + 1 + 2 * DRAWS)
+    arriving = 2 if prepared.options.sequential or prepared.options.tune else 0
+    states = padded * width * 4 * (blocks + 1 + 2 * DRAWS + arriving)
     kept = statistics_bytes(network) if keeps_statistics(prepared.options, network) else 0
     return states + kept + candidate_bytes(prepared) + 2 * prepared.range.largest
 
 
 def keeps_statistics(options: Options, network: Network) -> bool:
     """Whether statistics stay on disk so that the chosen recipes can be encoded again without another pass."""
+    if options.tune and options.uniform and parse_recipe(options.uniform).rewrites:
+        return True  # rewritten matrices are kept beside them, and a tuner starts from those
     return options.sequential or (not options.uniform and statistics_bytes(network) <= LARGEST_KEPT)
 
 

@@ -24,7 +24,7 @@ from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared
 from layerwise.rewriting import AS_IS
-from layerwise.technique import parse_recipe, surgery
+from layerwise.technique import parse_recipe, parse_tuner, surgery
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
@@ -102,6 +102,8 @@ def remarks(prepared: Prepared, candidates: Candidates) -> dict[str, str]:
     found = {}
     if prepared.options.sequential:
         found["propagation"] = "encoded behind the stored prefix; damages are those before propagation"
+    if prepared.options.tune:
+        found["tuning"] = f"{parse_tuner(prepared.options.tune)}; damages are those before tuning"
     for label in dict.fromkeys(label for refusals in candidates.refused.values() for label in refusals):
         blocks = [block for block, refusals in candidates.refused.items() if label in refusals]
         found[f"{label} left out of"] = ", ".join(blocks)

@@ -16,7 +16,8 @@ from layerwise.rewriting import AS_IS, chain_of, chains, encoder_of
 
 def shortlist(found: Candidates, menu: Menu) -> Candidates:
     """The candidates that ``menu`` alone would have offered."""
-    return replace(found, sites={name: _at_site(found, site, menu) for name, site in found.sites.items()})
+    sites = {name: _at_site(found, site, menu) for name, site in found.sites.items()}
+    return replace(found, sites=sites, removals=None)
 
 
 def _at_site(found: Candidates, site: SiteCandidates, menu: Menu) -> SiteCandidates:

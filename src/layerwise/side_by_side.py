@@ -22,7 +22,7 @@ from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
-from layerwise.kept import Candidates, overlay, seconds_spent
+from layerwise.kept import Candidates, overlay, rebuilt, seconds_spent, with_removals
 from layerwise.network.network import open_network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
@@ -30,7 +30,9 @@ from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.prepare import Options, Prepared, check_budget, keeps_statistics, reachable
 from layerwise.refit import refit, refit_by_pass
+from layerwise.removal import find_removals
 from layerwise.shortlist import shortlist
+from layerwise.technique import surgery
 
 STAGE = "side by side"
 TOGETHER = "all together"
@@ -95,6 +97,9 @@ def side_by_side(options: Options, progress: Progress | None = None, command: st
         found = find_candidates(
             calibration, prepared.menu, options.workers, watch, STAGE, again=again, all_kept=True
         )  # fmt: skip
+        for surgeon in prepared.menu.surgeons:
+            find_removals(calibration, found, STAGE, watch)
+            found = with_removals(calibration, found, surgeon, STAGE)
         return _measured(prepared, calibration, found, watch, command)
 
 
@@ -108,7 +113,8 @@ def check(options: Options) -> None:
     if options.budget is None:
         raise InputError("compare needs a --budget, such as 4bpw, 12MB or 25%")
     budget = parse_budget(options.budget)
-    menus = {technique: make_menu((technique,), "float16") for technique in options.techniques}
+    alone = [technique for technique in options.techniques if not surgery(technique)]
+    menus = {technique: make_menu((technique,), "float16") for technique in alone}
     network = open_network(options.model, options.dtype)
     for technique, menu in menus.items():
         try:
@@ -124,7 +130,8 @@ def _measured(
     assert prepared.budget is not None
     size = prepared.budget.bytes(network.tree.parameters, network.checkpoint.safetensors_bytes)
     dtype = str(network.plain_dtype).removeprefix("torch.")
-    offered = {t: shortlist(found, make_menu((t,), dtype)) for t in options.techniques} | {TOGETHER: found}
+    alone = [t for t in options.techniques if not surgery(t)]  # taking blocks out is part of the joint plan only
+    offered = {t: shortlist(found, make_menu((t,), dtype)) for t in alone} | {TOGETHER: found}
     plans, chosen, weights = {}, {}, {}
     with watch.stage("plan", len(offered)) as advance:
         for technique, own in offered.items():
@@ -141,7 +148,8 @@ def _measured(
     metrics = _quality(prepared, calibration, weights, watch)
     methods = []
     for technique, allocation in plans.items():
-        written_bytes = predicted_bytes(network, chosen[technique])
+        made = rebuilt(found, chosen[technique])
+        written_bytes = predicted_bytes(made.network, made.recipes)
         methods.append(
             Method(
                 technique=technique,

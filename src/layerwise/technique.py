@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from layerwise.network.network import Network
     from layerwise.plan.tree import Allocation, Node
     from layerwise.probe.measurement import Measurement
+    from layerwise.tune.block import Tuned, TunedBlock
 
 FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan", "probe")
 
@@ -156,6 +157,30 @@ class Probe(Technique):
     @abstractmethod
     def measure(self, network: Network, calibration: Calibration | None) -> Measurement:
         """Measure ``network``; a probe that needs ``BLOCK_INPUTS`` gets a calibration whose forward pass has run."""
+
+
+class Tuner(Technique):
+    """A block of stored forms in, better values in the same forms out; runs once a plan stands.
+
+    Layouts stay, so sizes stay. The block's error on the given sequences is not above what it was, and zero steps
+    leave every stored tensor as it was.
+    """
+
+    role = "tuner"
+    sequences: int  # that go through the block at a time
+    arriving: bool  # wants what arrives behind the stored blocks instead of the dense network's own block inputs
+
+    @abstractmethod
+    def touches(self, encoded: Encoded) -> bool:
+        """Whether it can change a linear in this stored form; every other is left alone."""
+
+    @abstractmethod
+    def tune(self, block: TunedBlock) -> Tuned:
+        """New stored forms for the linears that it touches, and the block's error before and after."""
+
+    @abstractmethod
+    def passes(self) -> int:
+        """How often ``sequences`` go forward and backward through a block, for the forecast of time."""
 
 
 T = TypeVar("T", bound=type[Technique])
@@ -288,6 +313,16 @@ def parse_probe(text: str, seed: int = 0) -> Probe:
     found = parse_technique(text)
     assert isinstance(found, Probe)
     return dataclasses.replace(found, seed=seed) if getattr(found, "seed", None) == 0 else found  # type: ignore[type-var]
+
+
+def parse_tuner(text: str) -> Tuner:
+    """``signround:steps=200`` -> a tuner."""
+    found = parse_technique(text)
+    if not isinstance(found, Tuner):
+        raise InputError(
+            f"{found.name} is no tuner, it cannot be run on a finished plan; write --tune {names(Tuner)[0]}"
+        )
+    return found
 
 
 # ---------------------------------------------------------------- option values

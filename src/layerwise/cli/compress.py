@@ -43,6 +43,10 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Encode the chosen recipes again behind the compressed blocks.")
     ] = False,
+    tune: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(metavar="TUNER", help="Then improve the stored values, block by block: signround:steps=200."),
+    ] = None,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Do not measure the uniform baseline.")] = False,
     force: shared.Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print size, time, memory and disk, and stop.")] = False,
@@ -60,7 +64,7 @@ def compress(
         sequences=sequences, length=length, text_column=text_column, pooling=pooling, keep=tuple(keep or ()),
         fix=tuple(fix or ()), redo=tuple(redo or ()), seed=seed, threads=cores if threads is None else threads,
         workers=cores if workers is None else workers, dtype=dtype, device=device, work=work, sequential=sequential,
-        baseline=not no_baseline, force=force,
+        tune=tune, baseline=not no_baseline, force=force,
     )  # fmt: skip
     if dry_run:
         found = forecast(options)
