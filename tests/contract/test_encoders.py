@@ -161,7 +161,9 @@ def test_any_statistics_give_finite_weights(encoder: Encoder, row_side: str, col
     decoded = encoder.encode(weight, known(rows[row_side], columns[column_side])).decode()
     assert bool(torch.isfinite(decoded).all())
     assert float((decoded - weight).abs().max()) <= 2 * float(weight.abs().max())
-    assert float(decoded[:, 0].abs().max()) > 0  # no column is wiped out, reached or not
+    squares = columns[column_side] if columns[column_side].dim() == 1 else columns[column_side].diagonal()
+    if encoder.family != "prune" or not float(squares[0]) > 0:
+        assert float(decoded[:, 0].abs().max()) > 0  # no column is wiped out, reached or not, but on evidence
 
 
 def test_a_site_about_which_nothing_is_known(encoder: Encoder) -> None:

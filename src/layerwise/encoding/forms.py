@@ -12,10 +12,14 @@ from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
+from layerwise.encoding.outliers import Outliers
+from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError, nearest
 
-FORMS: dict[str, type[Encoded]] = {form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum)}
+FORMS: dict[str, type[Encoded]] = {
+    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers)
+}
 
 
 def restore_form(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoded:
