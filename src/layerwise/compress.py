@@ -22,6 +22,7 @@ from layerwise.evaluate.compare import Measured, compare
 from layerwise.kept import Candidates, overlay, uniform_plan, with_removals
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
+from layerwise.opening import network_rewrite
 from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
 from layerwise.plan.pareto import Pareto
@@ -140,6 +141,7 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
         "device": options.device,
         "dtype": str(prepared.network.plain_dtype),
         "versions": versions(),
+        **({"rewrite": str(network_rewrite(options.rewrite))} if options.rewrite else {}),
     }
 
 

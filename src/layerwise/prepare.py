@@ -20,12 +20,13 @@ from layerwise.candidates import plain_recipe, stored_bytes
 from layerwise.errors import InputError, nearest
 from layerwise.evaluate.sentences import pair_batches
 from layerwise.loss import Loss, loss_of
-from layerwise.network.network import Network, hidden_width, open_network
+from layerwise.network.network import Network, hidden_width
 from layerwise.network.reblocked import reblocked
 from layerwise.network.safetensors_file import header_fixed
 from layerwise.network.sites import Site
 from layerwise.network.sizes import largest_file, plain_bytes, plain_of_block
 from layerwise.network.streaming import Batch
+from layerwise.opening import open_rewritten
 from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quality_loss
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.constraints import matching
@@ -69,6 +70,7 @@ class Options:
     fix: tuple[str, ...] = ()
     redo: tuple[str, ...] = ()
     plan: str | None = None
+    rewrite: str | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -131,7 +133,7 @@ def prepare(options: Options) -> Prepared:
     check_device(options.device)
     if options.out:
         check_out(Path(options.out), options.force)
-    network = open_network(options.model, options.dtype)
+    network = open_rewritten(options.model, options.dtype, options.rewrite)
     loss = loss_of(network.architecture, network.checkpoint.directory, options.pooling)
     menu, only = menu_of(options, network)
     if menu.surgeons:

@@ -288,6 +288,7 @@ def replan_command(prepared: Prepared) -> str:
         "threads",
         "dtype",
         "device",
+        "rewrite",
     ):
         if getattr(options, name) != getattr(plain, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]

@@ -28,6 +28,7 @@ from layerwise.errors import InputError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
     from layerwise.calibrate.passes import Calibration
     from layerwise.calibrate.statistics import SiteStatistics
@@ -137,6 +138,26 @@ class BlockMeasure:
 
     damage: float
     influence: float
+
+
+class NetworkRewrite(Technique):
+    """A network in, the same function out, written with other weights; exact, and the same when done twice."""
+
+    role = "network rewrite"
+
+    @abstractmethod
+    def rewrite(self, network: Network) -> Network:
+        """The network with weights that change as they are read, one block at a time; the given one stays as it is.
+
+        Refuses by ``InputError`` a network where no exact rewrite exists, or that could not be saved as its own class.
+        """
+
+    @abstractmethod
+    def convert(self, module: Module, inputs: Mapping[str, Tensor] | None = None) -> Module:
+        """A rewritten copy of a module in memory, which may hold modules that its class does not know.
+
+        inputs: arguments of an example call; made up for a transformers network. Refuses as ``rewrite`` does.
+        """
 
 
 class Allocator(Technique):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search")
+SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -25,6 +25,7 @@ def calibrate(
     workers: shared.Workers = None,
     dtype: shared.Dtype = "auto",
     device: shared.Device = "cpu",
+    rewrite: shared.Rewrite = None,
     json: shared.Json = False,
 ) -> None:
     """Measure every layer of MODEL and encode its candidates into a work folder."""
@@ -39,7 +40,7 @@ def calibrate(
         model=model, work=work, techniques=shared.split_techniques(techniques), calibrate=calibrate, evaluate=evaluate,
         sequences=sequences, length=length, text_column=text_column, pooling=pooling, seed=seed,
         threads=cores if threads is None else threads, workers=cores if workers is None else workers, dtype=dtype,
-        device=device,
+        device=device, rewrite=rewrite,
     )  # fmt: skip
     prepared, calibration, _ = start(options, watch := Stopwatch(shared.Bar(quiet=json)))
     try:

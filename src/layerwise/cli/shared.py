@@ -51,6 +51,10 @@ Fix = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option(metavar="SITE=RECIPE", help="Give a site one recipe; may be repeated."),
 ]
+Rewrite = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME", help="Rewrite the whole network first, exactly: pre_rmsnorm."),
+]
 
 
 UNFOLDED = 240  # columns

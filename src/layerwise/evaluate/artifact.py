@@ -46,6 +46,8 @@ def evaluate_artifact(
     """Stream both networks over the text, then time the artifact in memory on the first batch."""
     network = open_network(dense)
     artifact = open_artifact(path)
+    if artifact.config.get("tie_word_embeddings") is False:
+        network = network.untied()  # a rewrite gave the artifact a head of its own
     check_same_network(artifact, network)
     loss = loss_of(network.architecture, network.checkpoint.directory, pooling)
     windows = loss.causal

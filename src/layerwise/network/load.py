@@ -9,13 +9,19 @@ from torch import nn
 
 from layerwise.errors import InputError, nearest
 from layerwise.network.artifact import open_artifact
+from layerwise.network.norms import swap_recorded
 from layerwise.network.transformers_hook import install
 
 
-def load(path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str = "cpu") -> nn.Module:
+def load(
+    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str = "cpu", rms_norms: bool = False
+) -> nn.Module:
     """The network in its own class (the one that config.json names), in eval mode, multiplying from the packed form.
 
     dtype: of activations, norms and biases; by default what the original network computed in.
+    rms_norms: put RMSNorms in the place of LayerNorms in an artifact made with ``--rewrite pre_rmsnorm``. Not the
+        default: matrices that were encoded give the residual stream back a little of a mean (about their rounding
+        error over the square root of its width), and what was measured is the artifact with LayerNorms.
     Raises ``InputError`` for a directory that is not a complete artifact.
     """
     artifact = open_artifact(path)
@@ -32,4 +38,6 @@ def load(path: str | os.PathLike[str], dtype: torch.dtype | None = None, device:
     module: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
         artifact.directory, dtype=dtype or "auto", local_files_only=True
     )
+    if rms_norms:
+        swap_recorded(module, artifact.config)
     return module.to(device).eval()

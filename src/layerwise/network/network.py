@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,34 @@ from layerwise.network.skeleton import StoredNames, build_on_meta
 
 
 @dataclass(frozen=True)
+class Change:
+    """What a rewrite does to a stored parameter when it is read.
+
+    apply:   float32 in, float32 of the same shape out, in the module's own layout.
+    by_rows: whether rows change alone: ``apply(value)[index] == apply(value[index])``.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    by_rows: bool
+
+    def after(self, first: Change) -> Change:
+        """``first``, then this."""
+        return Change(lambda value: self.apply(first.apply(value)), self.by_rows and first.by_rows)
+
+
+@dataclass(frozen=True)
 class Network:
-    """What ``layerwise.open`` returns. Holds no weights; ``read`` fetches them from disk."""
+    """What ``layerwise.open`` returns. Holds no weights; ``read`` fetches them from disk.
+
+    changes: parameter -> what a network-wide rewrite does to it on the way.
+    """
 
     checkpoint: Checkpoint
     module: nn.Module
     tree: SiteTree
     stored: StoredNames
     plain_dtype: torch.dtype  # what is not encoded is stored in this type
+    changes: Mapping[str, Change] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -36,11 +57,16 @@ class Network:
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as float32, in the module's own layout."""
-        return safetensors_file.read_float(self.checkpoint.tensors[self.stored.of[parameter]])
+        value = safetensors_file.read_float(self.checkpoint.tensors[self.stored.of[parameter]])
+        return self.changes[parameter].apply(value) if parameter in self.changes else value
 
     def read_rows(self, parameter: str, index: Tensor) -> Tensor:
         """Rows of a 2-D parameter as float32 ``[len(index), columns]``, without reading the rest."""
-        return safetensors_file.read_rows(self.checkpoint.tensors[self.stored.of[parameter]], index).float()
+        change = self.changes.get(parameter)
+        if change is not None and not change.by_rows:
+            return self.read(parameter)[index]
+        rows = safetensors_file.read_rows(self.checkpoint.tensors[self.stored.of[parameter]], index).float()
+        return rows if change is None else change.apply(rows)
 
     def read_site(self, site: Site) -> Tensor:
         """The stored matrix of a site, ``[rows, columns]`` float32."""
@@ -64,8 +90,42 @@ class Network:
 
     def again(self) -> Network:
         """The same checkpoint with a module of its own, so that two sets of weights can be in memory at once."""
-        module = build_on_meta(self.architecture, self.checkpoint.config)
-        return Network(self.checkpoint, module, self.tree, self.stored, self.plain_dtype)
+        return replace(self, module=build_on_meta(self.architecture, self.checkpoint.config))
+
+    def changed(self, changes: Mapping[str, Change], config: Mapping[str, Any]) -> Network:
+        """The network with parameters changed as they are read, and entries added to its config.json."""
+        before = self.changes
+        chained = {n: change.after(before[n]) if n in before else change for n, change in changes.items()}
+        checkpoint = replace(self.checkpoint, config={**self.checkpoint.config, **config})
+        return replace(self, checkpoint=checkpoint, changes={**before, **chained})
+
+    def untied(self) -> Network:
+        """The network with a head of its own where it is tied to the table; both are read from the one stored matrix.
+
+        Sizes in bits per weight stay those of the network as it came, which counts the shared matrix once.
+        Raises ``InputError`` for an architecture whose head cannot be told from its table.
+        """
+        pairs = [(s.parameter, f"{s.head}.weight") for s in self.tree.sites if s.head]
+        if not pairs:
+            return self
+        tensors = dict(self.checkpoint.tensors)
+        for table, head in pairs:
+            stored = tensors[self.stored.of[table]]
+            tensors |= {name: replace(stored, name=name) for name in (table, head)}
+        config = {**self.checkpoint.config, "tie_word_embeddings": False}
+        checkpoint = replace(self.checkpoint, config=config, tensors=tensors)
+        module = build_on_meta(self.architecture, config)
+        tree = replace(find_sites(module), parameters=self.tree.parameters)
+        if any(s.head for s in tree.sites):
+            raise InputError(f"{self.architecture} has one matrix for table and head and cannot be given two")
+        changes = dict(self.changes)
+        for table, head in pairs:
+            if table in changes:
+                changes[head] = changes[table]
+        return replace(
+            self, checkpoint=checkpoint, module=module, tree=tree, stored=StoredNames(module, checkpoint),
+            changes=changes,
+        )  # fmt: skip
 
 
 def open_network(source: str | Path, dtype: str = "auto") -> Network:

@@ -34,8 +34,15 @@ def reblocked(network: Network, order: Sequence[int]) -> Network:
     if len(tree.blocks) != len(order):
         raise InputError(f"{network.architecture} does not take its number of blocks from its config")
     parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    stored = StoredNames.known({n: network.stored.of[old_name(n, tree.blocks, blocks, order)] for n in parameters})
-    return Network(checkpoint, module, tree, stored, network.plain_dtype)
+    old = {name: old_name(name, tree.blocks, blocks, order) for name in parameters}
+    return dataclasses.replace(
+        network,
+        checkpoint=checkpoint,
+        module=module,
+        tree=tree,
+        stored=StoredNames.known({name: network.stored.of[before] for name, before in old.items()}),
+        changes={name: network.changes[before] for name, before in old.items() if before in network.changes},
+    )
 
 
 def config_of(config: dict[str, Any], network: Network, order: tuple[int, ...]) -> dict[str, Any]:
