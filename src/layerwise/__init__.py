@@ -23,7 +23,7 @@ from layerwise.network.transformers_hook import install
 __version__ = "0.1.0"
 
 ACTS = {
-    "open": ("layerwise.network.network", "open_network"),
+    "open": ("layerwise.acts", "open_any"),
     "load": ("layerwise.network.load", "load"),
     "calibrate": ("layerwise.acts", "calibrate"),
     "candidates": ("layerwise.acts", "candidates"),

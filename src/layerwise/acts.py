@@ -11,6 +11,12 @@
     module      = layerwise.load("OUT")
 
 ``layerwise.compress("MODEL", "OUT", budget="4.5bpw")`` is all of it, with checks, baseline and report.
+
+A network that is no checkpoint is opened with its inputs, and loaded into a module of its own class:
+
+    network = layerwise.open(module, images)
+    layerwise.compress(network, "OUT", budget="4bpw", evaluate=(held_out, labels))
+    layerwise.load("OUT", into=Module())
 """
 
 from __future__ import annotations
@@ -19,9 +25,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from layerwise.apply import write_network
+from layerwise.calibrate.images import Images, image_splits, read_images
 from layerwise.calibrate.passes import Calibration, forward
 from layerwise.calibrate.splits import make_splits
 from layerwise.calibrate.text import DEFAULT, read_text
@@ -31,11 +38,14 @@ from layerwise.compress import compress as run
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
-from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact
+from layerwise.errors import InputError
+from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact, evaluate_on_images
+from layerwise.images import Given, images_at_once, positions_of
 from layerwise.kept import Candidates, overlay, rebuilt, with_removals
-from layerwise.loss import loss_of
+from layerwise.loss import loss_of_network
 from layerwise.network.artifact import staged
-from layerwise.network.network import Network, open_network
+from layerwise.network.module import ModuleNetwork, batches_of_inputs, inputs_of, open_module
+from layerwise.network.network import Network, open_network, reads_images
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
 from layerwise.plan.constraints import constrain
@@ -47,6 +57,9 @@ from layerwise.probe.measurement import Measurement
 from layerwise.removal import find_removals
 from layerwise.technique import BLOCK_INPUTS, Probe, parse_probe
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 @dataclass(frozen=True)
 class Compressed:
@@ -57,9 +70,24 @@ class Compressed:
     weights: Overlay
 
 
+def open_any(source: str | Path | nn.Module, batches: Any = None, dtype: str = "auto") -> Network:
+    """Open a checkpoint directory or hub id, or any module that maps ``[n, ...]`` floats to scores ``[n, classes]``.
+
+    batches: inputs of a module: a tensor ``[n, ...]``, a pair with labels ``[n]``, or an iterable of either.
+    dtype:   of what is not encoded: auto, float16 or bfloat16.
+    """
+    from torch import nn
+
+    if not isinstance(source, nn.Module):
+        return open_network(source, dtype)
+    if batches is None:
+        raise InputError("a module is opened with its inputs: layerwise.open(module, batches)")
+    return open_module(source, batches, dtype)
+
+
 def calibrate(
     network: Network,
-    text: str = DEFAULT,
+    text: Any = DEFAULT,
     *,
     work: str | Path | None = None,
     sequences: int = 128,
@@ -71,18 +99,26 @@ def calibrate(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Split the text and run the forward pass. ``work`` keeps everything for later; else a temporary folder does."""
+    """Split the data and run the forward pass. ``work`` keeps everything for later; else a temporary folder does.
+
+    text: a text source; for a network that reads images a file or tensor of them, by default those it was opened with.
+    """
     import torch
 
     if threads is not None:
         torch.set_num_threads(threads)
     check_device(device)
-    loss = loss_of(network.architecture, network.checkpoint.directory, pooling)
-    source = read_text(text, text_column)
-    splits = make_splits(
-        source, open_tokenizer(network), loss.causal, sequences, min(length, longest(network)), seed
-    )  # fmt: skip
-    check_tokens(splits.all, source, network)
+    loss = loss_of_network(network, pooling)
+    if reads_images(network):
+        images = images_for(network, None if isinstance(text, str) and text == DEFAULT else text)
+        positions = positions_of(network, images)
+        splits = image_splits(images, positions, sequences * length, images_at_once(network), seed)
+    else:
+        source = read_text(text, text_column)
+        splits = make_splits(
+            source, open_tokenizer(network), loss.causal, sequences, min(length, longest(network)), seed
+        )  # fmt: skip
+        check_tokens(splits.all, source, network)
     folder = Path(work) if work is not None else Path(tempfile.mkdtemp(prefix="layerwise-")) / "work"
     identity = {
         "weights": network.checkpoint.fingerprint(), "tokens": splits.fingerprint(), "loss": [loss.kind, loss.pooling],
@@ -154,14 +190,33 @@ def save(compressed: Compressed, out: str | Path, *, force: bool = False) -> int
         return write_network(rebuilt(compressed.candidates, recipes), folder)
 
 
+def images_for(network: Network, given: Any) -> Images:
+    """Images from a file, or from what ``layerwise.open`` takes as batches; None: those the network came with."""
+    if isinstance(given, (str, Path)):
+        return read_images(str(given))
+    if given is not None:
+        return Images("images in memory", *inputs_of(given))
+    if not isinstance(network, ModuleNetwork):
+        raise InputError(f"{network.architecture} reads images; give a file of them, or a tensor [n, c, h, w]")
+    return Images("images in memory", network.pixels, network.labels)
+
+
 def evaluate(
-    artifact: str | Path, *, dense: str | Path, text: str, length: int = 256, **options: Any
+    artifact: str | Path, *, dense: str | Path | Network, text: Any, length: int = 256, **options: Any
 ) -> ArtifactQuality:
-    """Measure a saved artifact against the dense network on held-out text.
+    """Measure a saved artifact against the dense network on held-out text or images.
+
+    text: a text source; for a network that reads images a file of them, or a pair (images, labels).
 
     ``options`` are those of ``evaluate_artifact``: ``pooling``, ``sequences``, ``seed``.
     """
-    network = open_network(dense)
+    network = dense if isinstance(dense, Network) else open_network(dense)
+    if reads_images(network):
+        images = images_for(network, text)
+        positions = positions_of(network, images)
+        batches = batches_of_inputs(images.pixels, images.labels, images_at_once(network), positions)
+        return evaluate_on_images(str(artifact), network, loss_of_network(network, None), batches)
+    assert not isinstance(dense, Network)
     length = min(length, longest(network))
     return evaluate_artifact(
         str(artifact), str(dense), read_text(text), open_tokenizer(network), length=length, **options
@@ -169,7 +224,34 @@ def evaluate(
 
 
 def compress(
-    model: str | Path, out: str | Path, *, progress: Progress | None = None, command: str = "", **options: Any
+    model: str | Path | Network | nn.Module,
+    out: str | Path,
+    *,
+    batches: Any = None,
+    evaluate: Any = None,
+    progress: Progress | None = None,
+    command: str = "",
+    **options: Any,
 ) -> Result:
-    """All acts in one: options are those of the command line, with underscores (``quality_loss="1%"``)."""
-    return run(Options(model=str(model), out=str(out), **options), progress, command)
+    """All acts in one: options are those of the command line, with underscores (``quality_loss="1%"``).
+
+    model:    a checkpoint directory or hub id, an open network, or a module (with ``batches``).
+    batches:  images or other float inputs to calibrate on, as ``layerwise.open`` takes them.
+    evaluate: a held-out file, or such inputs with their labels.
+    """
+    network = None if isinstance(model, (str, Path)) else model
+    if network is not None and not isinstance(network, Network):
+        network = open_any(network, batches, options.pop("dtype", "auto"))
+    if isinstance(network, ModuleNetwork) and batches is None and "calibrate" not in options:
+        batches = network.pixels if network.labels is None else (network.pixels, network.labels)
+    source = "images in memory"
+    given = Given(
+        network,
+        None if batches is None else Images(source, *inputs_of(batches)),
+        None
+        if evaluate is None or isinstance(evaluate, (str, Path))
+        else Images(f"held-out {source}", *inputs_of(evaluate)),
+    )
+    name = network.name if network is not None else str(model)
+    text = str(evaluate) if isinstance(evaluate, (str, Path)) else None
+    return run(Options(model=name, out=str(out), evaluate=text, **options), progress, command, given)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from layerwise.candidates import kept_layout
 from layerwise.encoding.encoded import Encoded, layout_bytes
 from layerwise.kept import Candidates, Rebuilt, rebuilt
 from layerwise.network.artifact import artifact_layout, write_artifact
@@ -75,9 +76,10 @@ def write_network(made: Rebuilt, folder: Path) -> int:
     plain = network.plain_parameters(recipes)
     layout = artifact_layout(
         {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()},
-        {name: (network.plain_dtype, tuple(network.module.get_parameter(name).shape)) for name in plain},
+        network.plain_layout(recipes),
         turned(network),
     )
+    kernels = {s.parameter: s.kernel for s in network.tree.sites if s.kernel is not None}
 
     def encoded() -> Iterator[tuple[str, Encoded]]:
         for name, fetch in made.encoded.items():
@@ -87,8 +89,10 @@ def write_network(made: Rebuilt, folder: Path) -> int:
         for name in plain:
             value = changed[name] if name in changed else network.read(name)
             yield name, to_plain(value, network.plain_dtype, name)
+        for name in network.kept_buffers():
+            yield name, network.checkpoint.read(name)
 
-    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network))
+    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network), kernels)
 
 
 def predicted_bytes(network: Network, recipes: dict[str, str]) -> int:
@@ -96,16 +100,12 @@ def predicted_bytes(network: Network, recipes: dict[str, str]) -> int:
     from layerwise.network.artifact import predicted_size
 
     encoded = {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()}
-    plain = {
-        name: (network.plain_dtype, tuple(network.module.get_parameter(name).shape))
-        for name in network.plain_parameters(recipes)
-    }
-    return predicted_size(encoded, plain, network.checkpoint)
+    return predicted_size(encoded, network.plain_layout(recipes), network.checkpoint)
 
 
 def form_layout(network: Network, site: str, recipe: str):  # type: ignore[no-untyped-def]
     found = network.tree.find(site)
-    return layout_of(recipe, found.rows, found.columns)
+    return kept_layout(found, layout_of(recipe, found.rows, found.columns))
 
 
 def turned(network: Network) -> set[str]:

@@ -28,6 +28,7 @@ from layerwise.apply import predicted_bytes
 from layerwise.calibrate.passes import Calibration, forward
 from layerwise.candidates import find_candidates
 from layerwise.compress import start
+from layerwise.disk import keeps_statistics
 from layerwise.encoding.encoded import layout_bytes
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
@@ -42,7 +43,7 @@ from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation
-from layerwise.prepare import Options, Prepared, keeps_statistics
+from layerwise.prepare import Options, Prepared
 from layerwise.refit import refit, refit_by_pass
 from layerwise.rewriting import encoder_of
 from layerwise.shortlist import shortlist

@@ -257,7 +257,9 @@ def keep(
     """Write the encodings that may enter a plan to ``file``; returns the site's share of the journal's entry."""
     reached = site.name in part.sites
     all_found = [
-        Candidate(e.recipe, stored_bytes(site.name, layout(e.encoded), below), e.damage if reached else 0.0)
+        Candidate(
+            e.recipe, stored_bytes(site.name, kept_layout(site, layout(e.encoded)), below), e.damage if reached else 0.0
+        )
         for e in encodings
     ]
     kept = wanted(all_found)
@@ -288,6 +290,13 @@ def keep(
 
 def layout(encoded: Encoded) -> Layout:
     return {suffix: (t.dtype, tuple(t.shape)) for suffix, t in encoded.tensors().items()}
+
+
+def kept_layout(site: Site, form: Layout) -> Layout:
+    """A form's layout as the artifact has it: a convolution that stays dense keeps the shape of its own parameter."""
+    if site.shape is not None and set(form) == {""} and form[""][0].is_floating_point:
+        return {"": (form[""][0], site.shape)}
+    return form
 
 
 def stored_bytes(site: str, form: Layout, below: int) -> int:

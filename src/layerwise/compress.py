@@ -14,11 +14,13 @@ from typing import Any
 from layerwise.apply import Applied, apply_plan, plan_of
 from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
 from layerwise.candidates import find_candidates
+from layerwise.disk import check_disk, keeps_statistics
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
+from layerwise.images import Given
 from layerwise.kept import Candidates, overlay, uniform_plan, with_removals
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
@@ -27,7 +29,7 @@ from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.prepare import Options, Prepared, check_disk, keeps_statistics, prepare
+from layerwise.prepare import Options, Prepared, prepare
 from layerwise.quality import smallest_within
 from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit, refit_by_pass
@@ -48,7 +50,7 @@ class Result:
     applied: Applied
 
 
-def compress(options: Options, progress: Progress | None = None, command: str = "") -> Result:
+def compress(options: Options, progress: Progress | None = None, command: str = "", given: Given = Given()) -> Result:
     """Run every act and write the artifact to ``options.out``.
 
     Raises ``InputError`` before any long work for whatever the user got wrong. A run that is interrupted leaves its
@@ -59,7 +61,7 @@ def compress(options: Options, progress: Progress | None = None, command: str = 
             "give a --budget such as 4.5bpw, 12MB or 25%, a --quality-loss such as 1%, a --uniform recipe or a --plan"
         )
     watch = Stopwatch(progress)
-    prepared, calibration, fingerprint = start(options, watch)
+    prepared, calibration, fingerprint = start(options, watch, given)
     try:
         result = run(prepared, calibration, watch, fingerprint, command)
     except BaseException:
@@ -69,10 +71,10 @@ def compress(options: Options, progress: Progress | None = None, command: str = 
     return result
 
 
-def start(options: Options, watch: Stopwatch) -> tuple[Prepared, Calibration, str]:
+def start(options: Options, watch: Stopwatch, given: Given = Given()) -> tuple[Prepared, Calibration, str]:
     """Everything up to the first long step: (what was checked, the work folder taken, the weights' hash)."""
     with watch.stage("open and check", 1) as advance:
-        prepared = prepare(options)
+        prepared = prepare(options, given)
         folder = work_folder(options)
         check_disk(prepared, folder)
         fingerprint = prepared.network.checkpoint.fingerprint()

@@ -12,7 +12,8 @@ from typing import Any
 
 from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import tokens_in
-from layerwise.prepare import Options, Prepared, disk_needed, longest, prepare, recipes_for
+from layerwise.disk import disk_needed
+from layerwise.prepare import Options, Prepared, longest, prepare, recipes_for
 from layerwise.report.figures import duration, megabytes
 from layerwise.technique import parse_tuner
 
@@ -99,7 +100,7 @@ def memory_needed(prepared: Prepared) -> int:
     network, workers = prepared.network, prepared.options.workers
     largest_block = max(
         sum(4 * (s.parameters + 2 * (s.rows**2 + s.columns**2)) for s in network.tree.of_block(block))
-        for block in network.tree.blocks
+        for block in network.tree.blocks or (None,)
     )
     largest_site = max(4 * s.parameters for s in network.tree.sites)
     return PROCESS_BYTES + largest_block + (2 + 3 * workers) * largest_site

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InputError
+from layerwise.network.network import Network
 from layerwise.network.streaming import Batch
 
 LossName = Literal["token kl", "example kl", "distance"]
@@ -72,7 +73,7 @@ class Loss:
         if self.kind == "token kl":
             return output.logits.float()[batch.counted]
         if self.kind == "example kl":
-            return output.logits.float()
+            return (output if isinstance(output, Tensor) else output.logits).float()
         return self.pool(output.last_hidden_state.float(), batch)
 
     def pool(self, hidden: Tensor, batch: Batch) -> Tensor:
@@ -105,6 +106,13 @@ class Loss:
         return (p.exp() * (p - q)).sum(-1)
 
 
+def loss_of_network(network: Network, pooling: str | None) -> Loss:
+    """The loss of an architecture, or of a module in memory, which scores classes."""
+    if network.whole:
+        return Loss("example kl")
+    return loss_of(network.architecture, network.checkpoint.directory, pooling)
+
+
 def loss_of(architecture: str, directory: Path, pooling: str | None = None) -> Loss:
     """The loss of an architecture; pooling from ``1_Pooling/config.json``, else mean, unless given."""
     if pooling is not None and pooling not in POOLINGS:
@@ -116,7 +124,7 @@ def loss_of(architecture: str, directory: Path, pooling: str | None = None) -> L
     elif "For" in architecture:
         raise InputError(
             f"layerwise knows no loss for {architecture}; it takes causal and masked language models, sequence "
-            f"classifiers and bare encoders"
+            f"and image classifiers and bare encoders"
         )
     else:
         kind = "distance"

@@ -6,21 +6,19 @@ Whatever is wrong in what the user gave is found here, in seconds, and nothing h
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
-from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
-from layerwise.candidates import plain_recipe, stored_bytes
+from layerwise.candidates import kept_layout, plain_recipe, stored_bytes
 from layerwise.errors import InputError, nearest
 from layerwise.evaluate.sentences import pair_batches
-from layerwise.loss import Loss, loss_of
-from layerwise.network.network import Network, hidden_width
+from layerwise.images import Given, image_data
+from layerwise.loss import Loss, loss_of_network
+from layerwise.network.network import Network, reads_images
 from layerwise.network.reblocked import reblocked
 from layerwise.network.safetensors_file import header_fixed
 from layerwise.network.sites import Site
@@ -35,7 +33,6 @@ from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
 from layerwise.technique import BlockMeasure, parse_recipe, parse_technique, parse_tuner
 
-LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass
 METADATA = {"format": "pt"}
 
 
@@ -126,16 +123,18 @@ class Prepared:
     quality: QualityLoss | None
 
 
-def prepare(options: Options) -> Prepared:
-    """Open and check everything; reads headers and text, not weights."""
+def prepare(options: Options, given: Given = Given()) -> Prepared:
+    """Open and check everything; reads headers and data, not weights."""
     quality = parse_quality_loss(options.quality_loss) if options.quality_loss else None
     budget = parse_budget(options.budget) if options.budget else None
     check_device(options.device)
     if options.out:
         check_out(Path(options.out), options.force)
-    network = open_rewritten(options.model, options.dtype, options.rewrite)
-    loss = loss_of(network.architecture, network.checkpoint.directory, options.pooling)
+    network = given.network or open_rewritten(options.model, options.dtype, options.rewrite)
+    loss = loss_of_network(network, options.pooling)
     menu, only = menu_of(options, network)
+    if network.whole:
+        refuse_block_by_block(options, menu)
     if menu.surgeons:
         check_surgeons(menu, options, network)
     if options.plan is not None:
@@ -146,6 +145,10 @@ def prepare(options: Options) -> Prepared:
     if quality is not None:
         check_quality(quality, loss, network)
     check_plain(network)
+    if reads_images(network):
+        data = image_data(network, given, options)
+        text, evaluation = Text(data.source, ()), Evaluation(Text(data.held_out, ()), data.batches, data.same_source)
+        return Prepared(options, network, None, loss, data.splits, text, evaluation, menu, only, reach, budget, quality)
     tokenizer = open_tokenizer(network)
     length = min(options.length, longest(network))
     text = read_text(options.calibrate, options.text_column)
@@ -211,7 +214,7 @@ def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str
 def reachable(network: Network, menu: Menu, only: dict[str, str]) -> Range:
     """Smallest and largest file that the menu can make, from shapes alone."""
     fixed = header_fixed(METADATA)
-    fixed += plain_bytes(network, network.plain_parameters([s.name for s in network.tree.sites]))
+    fixed += plain_bytes(network, network.plain_layout([s.name for s in network.tree.sites]))
     smallest = largest = fixed
     for site in network.tree.sites:
         recipes = recipes_for(site, menu, only, network)
@@ -283,6 +286,16 @@ def check_plan(path: str, network: Network, menu: Menu, only: dict[str, str]) ->
             )
 
 
+def refuse_block_by_block(options: Options, menu: Menu) -> None:
+    """A network that was opened as a module runs whole: what works on blocks has nothing to work on."""
+    asked = {"--sequential": options.sequential, "--tune": options.tune, "--rewrite": options.rewrite}
+    named = [option for option, value in asked.items() if value] + list(menu.surgeons)
+    if named:
+        raise InputError(
+            f"{named[0]} goes block by block, and a network that was opened as a module has none; leave it out"
+        )
+
+
 def check_surgeons(menu: Menu, options: Options, network: Network) -> None:
     """Blocks can only be taken out where the config can say so and nothing is propagated past them."""
     if options.sequential:
@@ -339,58 +352,9 @@ def check_device(device: str) -> None:
         raise InputError(f"there is no device {device!r} on this machine; use cpu") from None
 
 
-def check_disk(prepared: Prepared, folder: Path) -> None:
-    """Refuse to begin when the work folder and the result will not fit on the disk."""
-    needed = disk_needed(prepared)
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise InputError(
-            f"the run needs about {needed / 1e6:.0f} MB of disk in {folder} and {free / 1e6:.0f} MB are free; "
-            f"free some or give --work on another disk"
-        )
-
-
-def disk_needed(prepared: Prepared) -> int:
-    """Bytes: block inputs, two boundaries of gradients, statistics, candidates, the artifact and its baseline."""
-    network = prepared.network
-    width, blocks = hidden_width(network), len(network.tree.blocks)
-    padded = sum(b.tokens.numel() for b in prepared.splits.all)
-    arriving = 2 if prepared.options.sequential or prepared.options.tune else 0
-    states = padded * width * 4 * (blocks + 1 + 2 * DRAWS + arriving)
-    kept = statistics_bytes(network) if keeps_statistics(prepared.options, network) else 0
-    return states + kept + candidate_bytes(prepared) + 2 * prepared.range.largest
-
-
-def keeps_statistics(options: Options, network: Network) -> bool:
-    """Whether statistics stay on disk so that the chosen recipes can be encoded again without another pass."""
-    if options.tune and options.uniform and parse_recipe(options.uniform).rewrites:
-        return True  # rewritten matrices are kept beside them, and a tuner starts from those
-    return options.sequential or (not options.uniform and statistics_bytes(network) <= LARGEST_KEPT)
-
-
-def statistics_bytes(network: Network) -> int:
-    """Bytes of all sites' statistics on disk."""
-    return sum(4 * (side(s.rows) + 2 * side(s.columns)) for s in network.tree.sites if s.searched)
-
-
-def side(width: int) -> int:
-    """Values of one side of a site's statistics."""
-    return width**2 if width <= LARGEST_FULL_SIDE else width
-
-
-def candidate_bytes(prepared: Prepared) -> int:
-    total = 0
-    for site in prepared.network.tree.sites:
-        for recipe in recipes_for(site, prepared.menu, prepared.only, prepared.network):
-            total += site_bytes(site, recipe, prepared.network)
-    return total
-
-
 def site_bytes(site: Site, recipe: str, network: Network) -> int:
-    return stored_bytes(site.name, layout_of(recipe, site.rows, site.columns), largest_file(network))
+    form = kept_layout(site, layout_of(recipe, site.rows, site.columns))
+    return stored_bytes(site.name, form, largest_file(network))
 
 
 def open_tokenizer(network: Network) -> Any:

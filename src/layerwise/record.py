@@ -65,7 +65,7 @@ def make_evidence(
         "version": 1,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
         "command": command or "layerwise.compress(...)",
-        "replan": replan_command(prepared),
+        **({} if network.whole else {"replan": replan_command(prepared)}),
         "network": {
             "name": network.name,
             "class": network.architecture,

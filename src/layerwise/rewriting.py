@@ -72,6 +72,8 @@ class Rewriter:
     def refuse_impossible(self, labels: Iterable[str]) -> None:
         """Raise a rewrite's own refusal when no block of the network has a place for it; looks at weights only."""
         blocks = self.network.tree.blocks
+        if not blocks:
+            raise InputError(f"{next(iter(labels))} rewrites blocks, and this network has none; leave it out")
         if any(self.folds(block) for block in blocks):
             return
         for label in labels:

@@ -29,8 +29,9 @@ from torch import Tensor
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
 from layerwise.calibrate.kept import load_statistics
 from layerwise.calibrate.moments import shrunk
+from layerwise.calibrate.observer import Observer, observing
 from layerwise.calibrate.passes import TAIL, Calibration
-from layerwise.calibrate.reverse import Observer, counted_rows, observing
+from layerwise.calibrate.reverse import counted_rows
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, diagonal, mean_diagonal
 from layerwise.encoding.encoded import Encoded
 from layerwise.engine.journal import identity_of

@@ -18,6 +18,7 @@ from layerwise.apply import predicted_bytes
 from layerwise.calibrate.passes import Calibration, forward
 from layerwise.candidates import find_candidates
 from layerwise.compress import start
+from layerwise.disk import keeps_statistics
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
@@ -28,7 +29,7 @@ from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
-from layerwise.prepare import Options, Prepared, check_budget, keeps_statistics, reachable
+from layerwise.prepare import Options, Prepared, check_budget, reachable
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.shortlist import shortlist

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = ("quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms")
+SCRIPTS = (
+    "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

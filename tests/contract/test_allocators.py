@@ -111,7 +111,7 @@ def test_small_random_trees_of_any_shape(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "candidate", [Candidate("x", -1, 1.0), Candidate("x", 1, float("nan")), Candidate("x", 1, float("inf"))]
+    "candidate", [Candidate("x", 1, -1.0), Candidate("x", 1, float("nan")), Candidate("x", 1, float("inf"))]
 )
 def test_impossible_candidates_are_refused_by_name(name: str, candidate: Candidate) -> None:
     with pytest.raises(InputError, match="site 'broken'"):

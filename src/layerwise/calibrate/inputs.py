@@ -11,9 +11,11 @@ import torch
 
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.moments import shrunk
+from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
-from layerwise.calibrate.reverse import SplitMoments, add_inputs, observing
+from layerwise.calibrate.reverse import SplitMoments, add_inputs
 from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.whole import watch_whole
 from layerwise.network.network import output_width
 from layerwise.network.sites import Site
 from layerwise.network.streaming import Streamer, rows_at_once
@@ -22,6 +24,11 @@ from layerwise.network.streaming import Streamer, rows_at_once
 def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
     """Every unit that is not finished, with ``H`` of its sites; in the order of the reverse pass."""
     network = calibration.network
+    if network.whole:
+        if TAIL not in finished:
+            moments = watch_whole(calibration)
+            yield Part(TAIL, {s.name: _alike(s, moments) for s in network.tree.sites}, frozenset())
+        return
     streamer = Streamer(network, device=calibration.device)
     for unit in calibration.units():
         if unit in finished:

@@ -82,11 +82,13 @@ class Calibration:
 
     def units(self) -> list[str]:
         """Units of the reverse pass in order."""
-        return [TAIL, *reversed(self.network.tree.blocks), TABLES]
+        return [TAIL] if self.network.whole else [TAIL, *reversed(self.network.tree.blocks), TABLES]
 
 
 def forward(calibration: Calibration, progress: Progress) -> None:
     """Run the forward pass, or what is left of it."""
+    if calibration.network.whole:
+        return  # it is run as it is measured
     blocks = calibration.network.tree.blocks
     streamer = Streamer(calibration.network, device=calibration.device)
     batches, at = calibration.splits.all, calibration.inputs()
@@ -108,6 +110,11 @@ def reverse(calibration: Calibration, finished: Collection[str], uniform: bool =
     The consumer journals a unit before it asks for the next. With ``uniform`` all tokens fit and judge alike, as the
     plain baseline has it.
     """
+    if calibration.network.whole:
+        from layerwise.calibrate.whole import reverse_whole
+
+        yield from reverse_whole(calibration, finished, uniform)
+        return
     units = calibration.units()
     wanted = [u for u in units if u not in finished]
     if not wanted:
@@ -167,7 +174,7 @@ def _run_unit(
         names = [s.name for s in network.tree.of_block(None) if s.kind == "linear"]
         lost = unreached_sites(found, names)
         names += [s.name for s in network.tree.sites if s.kind == "head"]
-        return Part(unit, _fitted(found, [n for n in names if n not in lost], loss, found), frozenset(lost))
+        return Part(unit, fitted_sites(found, [n for n in names if n not in lost], loss), frozenset(lost))
     terms = _terms(terms_file)
     if unit == TABLES:
         return Part(unit, _tables(calibration, streamer, batches, split_of, gradients[0], terms_file), frozenset())
@@ -180,12 +187,11 @@ def _run_unit(
         moments.terms = terms[split]
     names = [s.name for s in network.tree.of_block(unit) if any(s.name in m.sites for m in found.values())]
     lost = unreached_sites(found, names) | {s.name for s in network.tree.of_block(unit) if s.name not in names}
-    return Part(unit, _fitted(found, [n for n in names if n not in lost], loss, found), frozenset(lost))
+    return Part(unit, fitted_sites(found, [n for n in names if n not in lost], loss), frozenset(lost))
 
 
-def _fitted(
-    found: dict[str, SplitMoments], names: list[str], loss: Loss, terms: dict[str, SplitMoments]
-) -> dict[str, Fitted]:
+def fitted_sites(found: dict[str, SplitMoments], names: list[str], loss: Loss) -> dict[str, Fitted]:
+    """Statistics of the named sites on each split; to be called once, when all batches are in."""
     out = {}
     for name in names:
         fit = found["fit"].statistics(name, loss.constant)

@@ -9,7 +9,6 @@ Each returns what it measured per site and per split; gradients at block boundar
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.moments import Moment, shrunk
+from layerwise.calibrate.observer import observing
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, diagonal
 from layerwise.loss import Loss
 from layerwise.network.sites import Site
@@ -82,35 +82,6 @@ class SplitMoments:
         return SiteStatistics((use,))
 
 
-class Observer:
-    """Hooks on the linears of a module: notes each one's input and output of the latest forward."""
-
-    def __init__(self, module: nn.Module, names: dict[str, str]) -> None:
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
-        self.handles = [
-            module.get_submodule(path).register_forward_hook(self._note(name)) for path, name in names.items()
-        ]
-
-    def _note(self, name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            self.seen[name] = (given[0], output)
-
-        return hook
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def observing(module: nn.Module, names: dict[str, str]) -> Iterator[Observer]:
-    observer = Observer(module, names)
-    try:
-        yield observer
-    finally:
-        observer.close()
-
-
 def add_inputs(moments: SplitMoments, seen: dict[str, tuple[Tensor, Tensor]], batch: Batch) -> None:
     """Add this batch's inputs; linears that were given the very same tensor get the very same moment."""
     measured: dict[int, Moment] = {}
@@ -160,14 +131,14 @@ def reverse_block(
                 moments = found[split_of[i]]
                 add_inputs(moments, observer.seen, batch)
                 directions = gradients_out.read(i).to(output.device)
-                yield _back(output, hidden, observer.seen, directions, moments, batch, tokens_alone)
+                yield back_propagate(output, hidden, observer.seen, directions, moments, batch, tokens_alone)
                 observer.seen.clear()
 
     gradients_in.write(run())
     return found
 
 
-def _back(
+def back_propagate(
     output: Tensor,
     hidden: Tensor,
     seen: dict[str, tuple[Tensor, Tensor]],
@@ -181,8 +152,11 @@ def _back(
     wanted = [hidden, *(seen[n][1] for n in names)]
     out = torch.empty(directions.shape[0], *hidden.shape)
     inputs = {n: by_example(seen[n][0].detach(), batch, tokens_alone) for n in names}
+    direct = {n for n in names if batch.pixels is not None and has_many_positions(inputs[n], seen[n][1])}
     alike: dict[int, Tensor] = {}  # X X^T of each example, [examples, T, T], once per distinct input
     for name in names:
+        if name in direct:
+            continue
         key = seen[name][0].data_ptr()
         if key not in alike:
             alike[key] = gram(inputs[name])
@@ -195,6 +169,9 @@ def _back(
             if gradient is None:
                 continue
             watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone)
+            if name in direct:
+                add_products(watched, g.transpose(1, 2) @ inputs[name], draw < LEFT_DRAWS)
+                continue
             if draw < LEFT_DRAWS:
                 watched.left_samples += len(g)
                 watched.left = added(watched.left, g, coupled(alike[seen[name][0].data_ptr()], g))
@@ -204,6 +181,20 @@ def _back(
         watched = moments.sites[name]
         watched.right = added(watched.right, inputs[name], coupled(total, inputs[name]))
     return out
+
+
+def has_many_positions(inputs: Tensor, output: Tensor) -> bool:
+    """Whether ``M`` is smaller than ``X X^T``: a convolution over a large image has more positions than weights."""
+    return inputs.dim() == 3 and inputs.shape[1] >= max(inputs.shape[2], output.shape[-1])
+
+
+def add_products(watched: Watched, products: Tensor, left: bool) -> None:
+    """Add ``M`` of each example, ``[examples, rows, columns]``, to the marginals."""
+    if left:
+        watched.left_samples += len(products)
+        watched.left = added(watched.left, products.transpose(1, 2), products.transpose(1, 2))
+    watched.samples += len(products)
+    watched.right = added(watched.right, products, products)
 
 
 def gram(values: Tensor) -> Tensor:
@@ -284,7 +275,7 @@ def reverse_tail(
                         _add_head_curvature(moments.sites[head].gradients, target)
                     inner = {n: v for n, v in observer.seen.items() if n != head}
                     directions = torch.stack([loss.direction(target, generator) for _ in range(DRAWS)])
-                    out[:, start:stop] = _back(
+                    out[:, start:stop] = back_propagate(
                         target, hidden, inner, directions, moments, part, loss.kind == "token kl"
                     )
                     observer.seen.clear()

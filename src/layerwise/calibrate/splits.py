@@ -45,6 +45,9 @@ class Splits:
         for batch in self.all:
             digest.update(repr(tuple(batch.tokens.shape)).encode())
             digest.update(batch.tokens.numpy().tobytes())
+            if batch.pixels is not None:
+                digest.update(repr(tuple(batch.pixels.shape)).encode())
+                digest.update(batch.pixels.numpy().tobytes())
         return digest.hexdigest()
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from layerwise.cli import shared
+
+if TYPE_CHECKING:
+    from layerwise.evaluate.artifact import ArtifactQuality
 
 
 def evaluate(
     artifact: Annotated[str, typer.Argument(help="A folder written by layerwise compress.", metavar="OUT")],
     dense: Annotated[str, typer.Option(metavar="MODEL", help="The dense network it was made from.")],
     evaluate: Annotated[
-        str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, or scored sentence pairs.")
+        str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, scored sentence pairs, or images.")
     ],
     sequences: Annotated[int, typer.Option(help="Sequences read from the text.")] = 256,
     length: shared.Length = 256,
@@ -25,19 +28,30 @@ def evaluate(
 ) -> None:
     """Measure OUT against the dense network: quality, size, latency, peak memory."""
     from layerwise.calibrate.text import read_text
-    from layerwise.engine.machine import peak_memory
     from layerwise.evaluate.artifact import evaluate_artifact
-    from layerwise.network.network import open_network
+    from layerwise.network.network import open_network, reads_images
     from layerwise.prepare import longest, open_tokenizer
-    from layerwise.report.figures import megabytes, significant
 
-    text = read_text(evaluate, text_column)
     network = open_network(dense)
+    if reads_images(network):
+        from layerwise.acts import evaluate as measure
+
+        found = measure(artifact, dense=network, text=evaluate)
+        show(found, f"images of {evaluate}", json)
+        return
+    text = read_text(evaluate, text_column)
     tokenizer = open_tokenizer(network)
     with shared.Bar(quiet=json).stage("evaluate", 2 * len(network.tree.blocks)) as advance:
         found = evaluate_artifact(
             artifact, dense, text, tokenizer, pooling, sequences, min(length, longest(network)), seed, advance
         )
+    show(found, f"{found.tokens:,} tokens of {text.source}", json)
+
+
+def show(found: ArtifactQuality, title: str, json: bool) -> None:
+    from layerwise.engine.machine import peak_memory
+    from layerwise.report.figures import megabytes, significant
+
     if json:
         shared.print_json({**asdict(found), "peak_memory": peak_memory()})
         return
@@ -47,4 +61,4 @@ def evaluate(
     ]
     rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms"))
     rows.append(("peak memory of this run", "", megabytes(peak_memory())))
-    shared.print_table(f"{found.tokens:,} tokens of {text.source}", ("", "dense", "artifact"), rows, numeric=(1, 2))
+    shared.print_table(title, ("", "dense", "artifact"), rows, numeric=(1, 2))

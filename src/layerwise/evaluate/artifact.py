@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.latency import forward_seconds
 from layerwise.evaluate.sentences import pair_batches, spearman
-from layerwise.loss import loss_of
+from layerwise.loss import Loss, loss_of
 from layerwise.network.artifact import Artifact, open_artifact
 from layerwise.network.load import load
+from layerwise.network.module import ModuleNetwork
 from layerwise.network.network import Network, open_network
+from layerwise.network.streaming import Batch
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,25 @@ def evaluate_artifact(
     )
 
 
+def evaluate_on_images(
+    path: str, network: Network, loss: Loss, batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
+) -> ArtifactQuality:
+    """The same for a network that reads images; with labels the metrics include top-1."""
+    artifact = open_artifact(path)
+    check_same_network(artifact, network)
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
+        found = compare(network, {"artifact": artifact}, loss, batches, Path(scratch), advance=advance)
+    module = load(path, into=copy.deepcopy(network.original) if isinstance(network, ModuleNetwork) else None)
+    return ArtifactQuality(
+        dense=dict(found["dense"].metrics),
+        artifact=dict(found["artifact"].metrics),
+        bytes=artifact.size,
+        dense_bytes=network.checkpoint.safetensors_bytes,
+        latency_ms=1e3 * forward_seconds(module, batches[0].rows(0, 1)),
+        tokens=sum(int(b.counted.sum()) for b in batches),
+    )
+
+
 def check_same_network(artifact: Artifact, network: Network) -> None:
     """``InputError`` unless the artifact holds every parameter of the dense network, in its shape."""
     if artifact.checkpoint.architecture != network.architecture:
@@ -78,8 +100,7 @@ def check_same_network(artifact: Artifact, network: Network) -> None:
         )
     shapes = {name: tuple(artifact.checkpoint.tensors[name].shape) for name in artifact.plain}
     for name, site in artifact.sites.items():
-        rows, columns = site.spec["shape"]
-        shapes[f"{name}.weight"] = (columns, rows) if site.transposed else (rows, columns)
+        shapes[f"{name}.weight"] = site.shape
     for name, parameter in network.module.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):
             raise InputError(

@@ -6,6 +6,7 @@ the dense network and of one variant stand side by side for the loss. Memory is 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block
 from layerwise.loss import Loss
+from layerwise.network.module import running
 from layerwise.network.network import Network, hidden_width, output_width
 from layerwise.network.overlay import Overlay
 from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
@@ -45,6 +47,8 @@ def compare(
     folder:  scratch space for hidden states; emptied again.
     advance: called once a block of each network, for progress.
     """
+    if network.whole:
+        return _compare_whole(network, variants, loss, batches, device, advance)
     named: dict[str, Weights] = {"dense": network, **variants}
     streamers = {name: Streamer(body_of(weights, network).again(), weights, device) for name, weights in named.items()}
     finals = {}
@@ -75,6 +79,30 @@ def body_of(weights: Weights, network: Network) -> Network:
     return weights.network if isinstance(weights, Overlay) else network
 
 
+def _compare_whole(
+    network: Network,
+    variants: Mapping[str, Weights],
+    loss: Loss,
+    batches: Sequence[Batch],
+    device: str,
+    advance: Callable[[], None],
+) -> dict[str, Measured]:
+    """The same for a network that runs whole, against the module as it was given, before any batch norm was folded."""
+    original = copy.deepcopy(network.original).to(device)  # type: ignore[attr-defined]
+    dense = [loss.target(original(batch.pixels.to(device)), batch).cpu() for batch in batches]  # type: ignore[union-attr]
+    advance()
+    measured: dict[str, Measured] = {}
+    for name, weights in (variants or {"dense": network}).items():
+        sums = _Sums()
+        with running(network.again(), weights, device) as run:
+            for batch, target in zip(batches, dense, strict=True):
+                output = run(batch.pixels.to(device)) if name != "dense" else target  # type: ignore[union-attr]
+                sums.add(loss, batch, target, loss.target(output, batch).cpu())
+        measured[name], measured["dense"] = sums.measured(loss), sums.dense_measured(loss)
+        advance()
+    return measured
+
+
 def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefix: str, advance: Callable[[], None]):  # type: ignore[no-untyped-def]
     """All blocks of one network; returns the boundary after the last, the others are removed on the way."""
     width = hidden_width(streamer.network)
@@ -98,6 +126,9 @@ class _Sums:
     dense_likelihood: float = 0.0
     predicted: int = 0
     agreed: int = 0
+    labelled: int = 0
+    right: int = 0
+    dense_right: int = 0
     vectors: list[Tensor] = field(default_factory=list)
     dense_vectors: list[Tensor] = field(default_factory=list)
 
@@ -109,6 +140,11 @@ class _Sums:
             self.dense_vectors.append(dense.cpu())
             return
         self.agreed += int((dense.argmax(-1) == other.argmax(-1)).sum())
+        if batch.labels is not None:
+            labels = batch.labels.to(other.device)
+            self.labelled += len(labels)
+            self.right += int((other.argmax(-1) == labels).sum())
+            self.dense_right += int((dense.argmax(-1) == labels).sum())
         if loss.causal and batch.mask is None:
             sequences, length = batch.tokens.shape
             follows = batch.tokens[:, 1:].reshape(-1).to(other.device)
@@ -122,6 +158,8 @@ class _Sums:
         metrics = {loss.name: max(0.0, self.loss / max(1, self.terms))}  # a KL of nothing may round below zero
         if loss.kind != "distance":
             metrics["agreement"] = self.agreed / max(1, self.terms)
+        if self.labelled:
+            metrics["top1"] = self.right / self.labelled
         if self.predicted:
             metrics["perplexity"] = math.exp(-self.likelihood / self.predicted)
         return Measured(metrics, self.terms, torch.cat(self.vectors) if self.vectors else None)
@@ -130,6 +168,8 @@ class _Sums:
         metrics = {loss.name: 0.0}
         if loss.kind != "distance":
             metrics["agreement"] = 1.0
+        if self.labelled:
+            metrics["top1"] = self.dense_right / self.labelled
         if self.predicted:
             metrics["perplexity"] = math.exp(-self.dense_likelihood / self.predicted)
         return Measured(metrics, self.terms, torch.cat(self.dense_vectors) if self.dense_vectors else None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from layerwise.encoding.encoded import Encoded
+from layerwise.evaluate.compare import compare
 from layerwise.loss import Loss
 from layerwise.network.network import Network, output_width
 from layerwise.network.overlay import Overlay
@@ -23,6 +25,8 @@ def measure_sites(
     Only the blocks from the changed site on are run again. The dense hidden states of ``batches`` are held in memory
     (blocks x tokens x width x 4 bytes), so give it a few thousand tokens.
     """
+    if network.whole:
+        return [_measure_whole(network, name, encoded, loss, batches, device) for name, encoded in changes]
     blocks = len(network.tree.blocks)
     dense = Streamer(network.again(), None, device)
     hidden: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
@@ -60,6 +64,15 @@ def _measure(
     changed = _targets(streamer, loss, batches, state)
     total = sum(float(loss.distances(a, b).double().sum()) for a, b in zip(targets, changed, strict=True))
     return max(0.0, total / sum(loss.terms(b) for b in batches))
+
+
+def _measure_whole(
+    network: Network, name: str, encoded: Encoded, loss: Loss, batches: Sequence[Batch], device: str
+) -> float:
+    found = compare(
+        network, {name: Overlay(network, {name: lambda: encoded}, exact=True)}, loss, batches, Path(), device
+    )
+    return found[name].metrics[loss.name]
 
 
 def _block(streamer: Streamer, index: int, batches: Sequence[Batch], state: list[Tensor]) -> list[Tensor]:

@@ -29,8 +29,7 @@ def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLi
         info = artifact.checkpoint.tensors[name]
         layout[name] = (dtype if info.dtype.is_floating_point else info.dtype, info.shape)
     for name, site in artifact.sites.items():
-        rows, columns = site.spec["shape"]
-        layout[f"{name}.weight"] = (dtype, (columns, rows) if site.transposed else (rows, columns))
+        layout[f"{name}.weight"] = (dtype, site.shape)
 
     def produce() -> Iterator[tuple[str, Tensor]]:
         for name in artifact.plain:
@@ -55,4 +54,4 @@ def _decoded(artifact: Artifact, site: str, dtype: torch.dtype) -> Tensor:
         weight[start:stop] = encoded.decode_rows(start, stop)
     if not bool(torch.isfinite(weight).all()):
         raise InputError(f"site {site} decodes to values that {str(dtype).removeprefix('torch.')} cannot hold")
-    return weight.T.contiguous() if artifact.sites[site].transposed else weight
+    return artifact.sites[site].as_kept(weight)

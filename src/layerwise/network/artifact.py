@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,8 +77,11 @@ def write_artifact(
     encoded: Iterable[tuple[str, Encoded]],
     plain: Iterable[tuple[str, Tensor]],
     transposed: Collection[str] = (),
+    kernels: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> int:
     """Write weights, config and companions into ``folder`` and return the size that ``predicted_size`` promised.
+
+    kernels: names in ``encoded`` whose module is a convolution, and the kernel that its matrix flattens.
 
     ``encoded`` and ``plain`` are consumed one by one: one site is in memory at a time. Give a folder of ``staged``.
     """
@@ -88,9 +92,10 @@ def write_artifact(
             stored = form.tensors()
             turned = parameter in transposed
             if is_dense({suffix: (t.dtype, tuple(t.shape)) for suffix, t in stored.items()}):
-                yield parameter, stored[""].T if turned else stored[""]
+                own = stored[""].T if turned else stored[""]
+                yield parameter, own.reshape(layout[parameter][1]) if parameter in kernels else own
                 continue
-            sites[parameter.removesuffix(".weight")] = StoredSite(form.spec(), turned)
+            sites[parameter.removesuffix(".weight")] = StoredSite(form.spec(), turned, kernels.get(parameter))
             for suffix, tensor in stored.items():
                 yield parameter + suffix, tensor
         yield from plain
@@ -188,7 +193,7 @@ class Artifact:
     @property
     def plain(self) -> tuple[str, ...]:
         """Names of the tensors that are stored as they are."""
-        packed = {name for site in self.sites for name in self._stored(site).values()}
+        packed = {name for site in self.sites for name in self.stored(site).values()}
         return tuple(name for name in self.checkpoint.tensors if name not in packed)
 
     @property
@@ -199,7 +204,7 @@ class Artifact:
         wanted = self.config.get("dtype", self.config.get("torch_dtype"))
         return torch.bfloat16 if bf16 * 2 > floats or (not floats and wanted == "bfloat16") else torch.float16
 
-    def _stored(self, site: str) -> dict[str, str]:
+    def stored(self, site: str) -> dict[str, str]:
         """Suffix -> name of the tensors of a site."""
         weight = f"{site}.weight"
         found = {n.removeprefix(weight): n for n in self.checkpoint.tensors if n.startswith(weight)}
@@ -207,7 +212,7 @@ class Artifact:
 
     def encoded(self, site: str) -> Encoded:
         """The stored form of a site; raises ``InputError`` where tensors and spec do not fit."""
-        tensors = {suffix: self.checkpoint.read(name) for suffix, name in self._stored(site).items()}
+        tensors = {suffix: self.checkpoint.read(name) for suffix, name in self.stored(site).items()}
         try:
             return restore_form(self.sites[site].spec, tensors)
         except InputError as reason:
@@ -218,8 +223,7 @@ class Artifact:
         site = parameter.removesuffix(".weight")
         if site not in self.sites or site == parameter:
             return self.checkpoint.read_float(parameter)
-        weight = self.encoded(site).decode()
-        return weight.T.contiguous() if self.sites[site].transposed else weight
+        return self.sites[site].as_kept(self.encoded(site).decode())
 
     def read_rows(self, parameter: str, index: Tensor) -> Tensor:
         """Rows of a table as float32 ``[len(index), columns]``."""

@@ -10,13 +10,17 @@
     }
 
 ``transposed``: the stored matrix is [out, in], the module's own parameter is [in, out].
+``kernel``: the stored matrix is [out, in * kh * kw], the module's own parameter is a convolution's [out, in, kh, kw].
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from layerwise.errors import InputError
 
@@ -30,12 +34,29 @@ class StoredSite:
 
     spec: dict[str, Any]
     transposed: bool = False
+    kernel: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the module's own parameter."""
+        rows, columns = self.spec["shape"]
+        if self.kernel is not None:
+            return (rows, columns // math.prod(self.kernel), *self.kernel)
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def as_kept(self, weight: Tensor) -> Tensor:
+        """A decoded matrix in the module's own layout."""
+        return weight.T.contiguous() if self.transposed else weight.reshape(self.shape)
 
 
 def sites_config(sites: Mapping[str, StoredSite]) -> dict[str, Any]:
     """The JSON value of ``quantization_config``."""
     entries = {
-        name: {"encoded": site.spec, **({"transposed": True} if site.transposed else {})}
+        name: {
+            "encoded": site.spec,
+            **({"transposed": True} if site.transposed else {}),
+            **({"kernel": list(site.kernel)} if site.kernel is not None else {}),
+        }
         for name, site in sorted(sites.items())
     }
     return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sites": entries}
@@ -68,5 +89,13 @@ def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
             raise InputError(f"the artifact's site {name} does not say in which form it is encoded")
         if entry.get("transposed", False) not in (True, False):
             raise InputError(f"the artifact's site {name} must have transposed true or false")
-        sites[name] = StoredSite(dict(spec), bool(entry.get("transposed", False)))
+        kernel = entry.get("kernel")
+        if kernel is not None and not (
+            isinstance(kernel, list)
+            and kernel
+            and all(type(side) is int and side > 0 for side in kernel)
+            and shape[1] % math.prod(kernel) == 0
+        ):
+            raise InputError(f"the artifact's site {name} must have a kernel such as [3, 3] that divides its columns")
+        sites[name] = StoredSite(dict(spec), bool(entry.get("transposed", False)), tuple(kernel) if kernel else None)
     return sites

@@ -9,12 +9,17 @@ from torch import nn
 
 from layerwise.errors import InputError, nearest
 from layerwise.network.artifact import open_artifact
+from layerwise.network.load_into import load_into
 from layerwise.network.norms import swap_recorded
 from layerwise.network.transformers_hook import install
 
 
 def load(
-    path: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str = "cpu", rms_norms: bool = False
+    path: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    rms_norms: bool = False,
+    into: nn.Module | None = None,
 ) -> nn.Module:
     """The network in its own class (the one that config.json names), in eval mode, multiplying from the packed form.
 
@@ -22,9 +27,13 @@ def load(
     rms_norms: put RMSNorms in the place of LayerNorms in an artifact made with ``--rewrite pre_rmsnorm``. Not the
         default: matrices that were encoded give the residual stream back a little of a mean (about their rounding
         error over the square root of its width), and what was measured is the artifact with LayerNorms.
+    into:  for a network that was opened as a module: one of the same class, which is changed in place and returned.
+
     Raises ``InputError`` for a directory that is not a complete artifact.
     """
     artifact = open_artifact(path)
+    if into is not None:
+        return load_into(artifact, into, dtype, device)
     import transformers
 
     install()
@@ -33,7 +42,8 @@ def load(
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         known = [n for n in dir(transformers) if n.endswith(("ForCausalLM", "Model", "Classification"))]
         raise InputError(
-            f"this version of transformers has no architecture named {architecture!r}{nearest(architecture, known)}"
+            f"this version of transformers has no architecture named {architecture!r}{nearest(architecture, known)}; "
+            f"give load(..., into=module) a module of your own class"
         )
     module: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
         artifact.directory, dtype=dtype or "auto", local_files_only=True

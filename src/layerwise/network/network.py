@@ -45,7 +45,7 @@ class Network:
     tree: SiteTree
     stored: StoredNames
     plain_dtype: torch.dtype  # what is not encoded is stored in this type
-    changes: Mapping[str, Change] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -54,6 +54,15 @@ class Network:
     @property
     def architecture(self) -> str:
         return self.checkpoint.architecture
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs whole in memory, and not block by block from disk."""
+        return False
+
+    def kept_buffers(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Buffers that an artifact has to hold, and their layout: none where the config makes them all."""
+        return {}
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as float32, in the module's own layout."""
@@ -70,8 +79,7 @@ class Network:
 
     def read_site(self, site: Site) -> Tensor:
         """The stored matrix of a site, ``[rows, columns]`` float32."""
-        weight = self.read(site.parameter)
-        return weight.T.contiguous() if site.transposed else weight
+        return site.as_matrix(self.read(site.parameter))
 
     def read_part(self, path: str) -> dict[str, Tensor]:
         """All parameters below a module path, by relative name."""
@@ -87,6 +95,12 @@ class Network:
         """Parameters that no encoded site covers, tied ones once: norms, biases, position tables."""
         covered = {f"{name}.weight" for name in encoded_sites}
         return [n for n, _ in self.module.named_parameters() if n not in covered]
+
+    def plain_layout(self, encoded_sites: Iterable[str]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """How everything that no encoded site covers is stored: name -> (dtype, shape)."""
+        parameters = self.plain_parameters(encoded_sites)
+        layout = {n: (self.plain_dtype, tuple(self.module.get_parameter(n).shape)) for n in parameters}
+        return layout | self.kept_buffers()
 
     def again(self) -> Network:
         """The same checkpoint with a module of its own, so that two sets of weights can be in memory at once."""
@@ -144,6 +158,11 @@ def open_network(source: str | Path, dtype: str = "auto") -> Network:
     module = build_on_meta(checkpoint.architecture, checkpoint.config)
     plain = checkpoint.storage_dtype if dtype == "auto" else getattr(torch, dtype)
     return Network(checkpoint, module, find_sites(module), StoredNames(module, checkpoint), plain)
+
+
+def reads_images(network: Network) -> bool:
+    """Whether its batches are images: a module in memory, or an architecture that takes ``pixel_values``."""
+    return network.whole or getattr(network.module, "main_input_name", None) == "pixel_values"
 
 
 def hidden_width(network: Network) -> int:

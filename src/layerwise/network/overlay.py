@@ -38,8 +38,7 @@ class Overlay:
     def read(self, parameter: str) -> Tensor:
         site = self.sites.get(parameter)
         if site is not None:
-            weight = self.encoded[site.name]().decode()
-            return weight.T.contiguous() if site.transposed else weight
+            return site.as_kept(self.encoded[site.name]().decode())
         value = self.plain[parameter] if parameter in self.plain else self.network.read(parameter)
         return value if self.exact else value.to(self.network.plain_dtype).float()
 

@@ -95,6 +95,31 @@ class PackedLinear(Packed):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class PackedConv(Packed):
+    """A convolution whose kernel, flattened to ``[out, in * kh * kw]``, is decoded before it is applied."""
+
+    def __init__(
+        self, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], convolution: nn.Conv2d, dtype: torch.dtype
+    ) -> None:
+        super().__init__(spec, tensors, dtype)
+        self.shape = tuple(convolution.weight.shape)
+        self.stride, self.padding, self.dilation = convolution.stride, convolution.padding, convolution.dilation
+        self.bias = convolution.bias
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The decoded kernel ``[out, in, kh, kw]``: vision transformers look up the type that theirs computes in."""
+        if "weight" not in self._buffers:
+            raise AttributeError("weight")
+        codes: Tensor = self._buffers["weight"]  # type: ignore[assignment]
+        return codes if codes.is_meta else self.encoded.decode().view(self.shape).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.encoded.decode().view(self.shape).to(x.device, x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
+
+
 class PackedEmbedding(Packed):
     """Looks up rows of the stored form. ``scale`` is the factor that some networks' own tables apply."""
 

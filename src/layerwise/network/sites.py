@@ -10,10 +10,11 @@ network
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.errors import InputError
 from layerwise.network.skeleton import parameter_owners
@@ -28,6 +29,7 @@ class Site:
     name:        module path; the parameter is ``name + ".weight"``.
     rows/columns: of the stored matrix, always ``[out, in]`` for a linear and ``[entries, width]`` for a table.
     transposed:  the module keeps ``[in, out]`` (Conv1D).
+    kernel:      of a convolution: its module keeps ``[out, in, *kernel]``, flattened to ``[out, in * kh * kw]`` here.
     block:       path of the block it lies in, or None.
     head:        for a tied table, the path of the head that shares its matrix.
     searched:    False for a matrix the planner leaves alone (a position or type table).
@@ -41,6 +43,7 @@ class Site:
     block: str | None = None
     head: str | None = None
     searched: bool = True
+    kernel: tuple[int, ...] | None = None
 
     @property
     def parameters(self) -> int:
@@ -49,6 +52,21 @@ class Site:
     @property
     def parameter(self) -> str:
         return f"{self.name}.weight"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of a convolution's own parameter; None for any other site."""
+        return None if self.kernel is None else (self.rows, self.columns // math.prod(self.kernel), *self.kernel)
+
+    def as_kept(self, weight: Tensor) -> Tensor:
+        """The stored matrix ``[rows, columns]`` in the module's own layout."""
+        if self.transposed:
+            return weight.T.contiguous()
+        return weight if self.shape is None else weight.reshape(self.shape)
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The module's own parameter as the stored matrix ``[rows, columns]``."""
+        return weight.T.contiguous() if self.transposed else weight.reshape(self.rows, self.columns)
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,13 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """GPT-2's ``Conv1D`` is a linear whose weight lies ``[in, out]``."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """A convolution that is a linear over unfolded patches: one group, zeros around the image."""
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return False
+    return module.groups == 1 and module.padding_mode == "zeros"
 
 
 def find_blocks(module: nn.Module) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
+
+import torch
 
 from layerwise.network.network import Network
 from layerwise.network.safetensors_file import header_share
@@ -13,17 +16,16 @@ def largest_file(network: Network) -> int:
     return 10 ** len(str(4 * network.tree.parameters))
 
 
-def plain_bytes(network: Network, names: Iterable[str]) -> int:
-    """Bytes of parameters that are not encoded."""
-    below, dtype = largest_file(network), network.plain_dtype
-    shapes = {name: tuple(network.module.get_parameter(name).shape) for name in names}
+def plain_bytes(network: Network, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
+    """Bytes of tensors that are not encoded."""
+    below = largest_file(network)
     return sum(
-        network.module.get_parameter(name).numel() * dtype.itemsize + header_share(name, dtype, shape, below)
-        for name, shape in shapes.items()
+        math.prod(shape) * dtype.itemsize + header_share(name, dtype, shape, below)
+        for name, (dtype, shape) in layout.items()
     )
 
 
-def plain_of_block(network: Network, block: str) -> list[str]:
-    """A block's parameters that no site covers: norms and biases."""
-    names = network.plain_parameters([s.name for s in network.tree.sites])
-    return [name for name in names if name.startswith(block + ".")]
+def plain_of_block(network: Network, block: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What no site of a block covers: norms and biases."""
+    layout = network.plain_layout([s.name for s in network.tree.sites])
+    return {name: form for name, form in layout.items() if name.startswith(block + ".")}

@@ -7,7 +7,7 @@ real), so a network of any size costs nothing until ``materialise`` reads the pa
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -83,9 +83,13 @@ class StoredNames:
         stored = checkpoint.tensors
         self.of: dict[str, str] = {}
         missing: list[str] = []
+        renamed: dict[str, str] | None = None
         for names in parameter_owners(module).values():
             choices = [c for n in names for c in (n, prefix + n, n.removeprefix(prefix), renamed_norm(n))]
             found = next((c for c in choices if c in stored), None)
+            if found is None:
+                renamed = renamed_by_transformers(module, stored) if renamed is None else renamed
+                found = next((renamed[c] for c in choices if c in renamed), None)
             if found is None:
                 missing.append(names[0])
             for name in names:
@@ -120,6 +124,27 @@ class StoredNames:
 def renamed_norm(name: str) -> str:
     """Old BERT checkpoints call a norm's weight gamma and its bias beta."""
     return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+
+def renamed_by_transformers(module: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Today's name -> stored name, for checkpoints that transformers renames while it loads them (vision encoders).
+
+    Only plain renamings are followed; a tensor that would also have to be split or merged keeps no name here.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # a transformers that renames nothing
+        return {}
+    steps = get_model_conversion_mapping(module)  # type: ignore[arg-type]
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    converters = [step for step in steps if not isinstance(step, WeightRenaming)]
+    out = {}
+    for name in stored:
+        today, converted = rename_source_key(name, renamings, converters)
+        if today != name and converted is None:
+            out[today] = name
+    return out
 
 
 @contextlib.contextmanager

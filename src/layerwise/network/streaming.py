@@ -35,10 +35,16 @@ class Weights(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """Equal-length token sequences. ``mask`` is None when nothing is padded."""
+    """Equal-length token sequences, or images. ``mask`` is None when nothing is padded.
+
+    For images ``tokens`` only counts: it has an entry for each position of an image's hidden state (patches and class
+    token; a single one where the network runs whole), and all entries are zero.
+    """
 
     tokens: Tensor  # [sequences, length] int64
     mask: Tensor | None  # [sequences, length] int64, 1 for a token and 0 for padding
+    pixels: Tensor | None = None  # [images, channels, height, width] float32, or [images, features]
+    labels: Tensor | None = None  # [images] int64
 
     @property
     def counted(self) -> Tensor:
@@ -46,13 +52,16 @@ class Batch:
         return torch.ones_like(self.tokens, dtype=torch.bool) if self.mask is None else self.mask.bool()
 
     def arguments(self) -> dict[str, Tensor]:
+        if self.pixels is not None:
+            return {"pixel_values": self.pixels}
         given = {"input_ids": self.tokens}
         if self.mask is not None:
             given["attention_mask"] = self.mask
         return given
 
     def rows(self, start: int, stop: int) -> Batch:
-        return Batch(self.tokens[start:stop], None if self.mask is None else self.mask[start:stop])
+        parts = (None if t is None else t[start:stop] for t in (self.mask, self.pixels, self.labels))
+        return Batch(self.tokens[start:stop], *parts)
 
 
 class _Reached(Exception):
@@ -157,7 +166,7 @@ class Streamer:
             return recorders[i]
 
         with self._blocks_replaced(stand_in), contextlib.suppress(_Reached):
-            self.network.module(**self._on_device(batch), use_cache=False)
+            self.network.module(**self._arguments(batch))
         return recorders[0].hidden, recorders[stop].call
 
     # ------------------------------------------------------------ after the blocks
@@ -175,12 +184,13 @@ class Streamer:
             return _Player(block, hidden if i == last else None, self.tuple_length or 0)
 
         with self._blocks_replaced(stand_in):
-            return self.network.module(**self._on_device(batch), use_cache=False)
+            return self.network.module(**self._arguments(batch))
 
     # ------------------------------------------------------------ parts
 
-    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in batch.arguments().items()}
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        given = {k: v.to(self.device) for k, v in batch.arguments().items()}
+        return given if batch.pixels is not None else {**given, "use_cache": False}
 
     @contextlib.contextmanager
     def _outer(self, with_head: bool) -> Iterator[None]:

@@ -19,8 +19,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layerwise.errors import InputError
 from layerwise.network.artifact_config import FORMAT_VERSION, METHOD, StoredSite, parse_sites, sites_config
-from layerwise.network.packed import Packed, PackedEmbedding, PackedHead, PackedLinear
+from layerwise.network.packed import Packed, PackedConv, PackedEmbedding, PackedHead, PackedLinear
 from layerwise.network.safetensors_file import TensorInfo, read_header
+from layerwise.network.sites import is_convolution
 
 
 class LayerwiseConfig(QuantizationConfigMixin):
@@ -154,9 +155,8 @@ def packed_like(
     """The packed module that stands for a dense one; raises ``InputError`` where it would compute something else."""
     weight: Tensor = module.weight  # type: ignore[assignment]
     shape = list(weight.shape)
-    expected = shape[::-1] if site.transposed else shape
-    if list(site.spec.get("shape", ())) != expected:
-        raise InputError(f"site {path} is stored as {site.spec.get('shape')}, but config.json asks for {expected}")
+    if list(site.shape) != shape:
+        raise InputError(f"site {path} is stored as {site.spec.get('shape')}, but the network's weight is {shape}")
     kind = type(module)
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
@@ -165,6 +165,8 @@ def packed_like(
         packed: Packed = PackedEmbedding(site.spec, tensors, dtype, module.padding_idx, scale)
     elif (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward) or kind.__name__ == "Conv1D":
         packed = PackedLinear(site.spec, tensors, module.bias, dtype)  # type: ignore[arg-type]
+    elif is_convolution(module):
+        packed = PackedConv(site.spec, tensors, module, dtype)  # type: ignore[arg-type]
     else:
         raise InputError(f"site {path} is a {kind.__name__}, which layerwise cannot multiply from a packed form")
     return packed.train(module.training)

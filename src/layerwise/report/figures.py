@@ -26,7 +26,7 @@ METRICS = {
     "perplexity": Metric("Perplexity", "lower is better", 4, -1),
     "distance": Metric("Embedding distance", "mean squared, to the dense network, lower is better", 3, -1),
     "stsb_spearman": Metric("STS-B Spearman", "higher is better", 4, 1),
-    "top1": Metric("Top-1 agreement", "with the dense network, higher is better", 4, 1),
+    "top1": Metric("Top-1 accuracy", "share of the labels met, higher is better", 4, 1),
 }
 
 
