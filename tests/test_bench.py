@@ -9,9 +9,10 @@ import pytest
 from tests.command import Done, layerwise
 
 from layerwise import bench as module
-from layerwise.bench import Bench, bench, check, settings_of
+from layerwise.bench import Bench, bench, check
 from layerwise.errors import InputError
 from layerwise.technique import Allocator
+from layerwise.trials import settings_of
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,6 @@
 """The act *bench*: measure a technique against its baseline at equal bytes, over calibration seeds.
 
-How a technique is measured follows from its role, so a new technique needs nothing here:
-
-    encoder     uniform on all linears, against round to nearest on the same grid; where the sizes differ, against the
-                smallest uniform round to nearest that is at least as large, and against round to nearest planned
-                within the setting's bytes
-    rewrite     the rewrite and then round to nearest, against round to nearest alone
-    allocator   its plan in the bytes of a uniform setting, against that setting and against our own planner, all over
-                the same candidates
-
+How a technique is measured follows from its role (``trials.py``), so a new technique needs nothing here.
 Tables are stored as 8-bit rows on both sides, so what differs is the linears. Both sides are encoded on the same
 tokens and measured in one pass over the same held-out text.
 """
@@ -19,41 +11,22 @@ import os
 import shlex
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from layerwise.apply import predicted_bytes
-from layerwise.calibrate.passes import Calibration, forward
-from layerwise.candidates import find_candidates
+from layerwise.calibrate.passes import forward
 from layerwise.compress import start
-from layerwise.disk import keeps_statistics
-from layerwise.encoding.encoded import layout_bytes
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
-from layerwise.kept import Candidates, SiteCandidates, overlay, size_range
-from layerwise.network.network import Network
-from layerwise.network.overlay import Overlay
-from layerwise.plan.candidates import layout_of
-from layerwise.plan.constraints import is_dense
-from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
-from layerwise.plan.pareto import Pareto
-from layerwise.plan.tree import Allocation
-from layerwise.prepare import Options, Prepared
-from layerwise.refit import refit, refit_by_pass
-from layerwise.rewriting import encoder_of
-from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator, Technique, find, parse_recipe, parse_technique
+from layerwise.prepare import Options
+from layerwise.technique import Technique, find, parse_technique
+from layerwise.trials import ROLES, Ground, Trial
 
-FLOOR = "rtn"  # what every encoder is held against
-WIDTHS = (4, 3, 2)
-GROUP = 64
-TABLES = "int8"
-STAGE = "bench"
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
 
@@ -89,180 +62,6 @@ class Bench:
             model=network, calibrate=calibrate, evaluate=evaluate, sequences=self.sequences, length=self.length,
             seed=seed, threads=1, workers=self.workers, work=str(work),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of two networks that are held against each other; equal names are equal networks."""
-
-    recipe: str
-    bytes: int
-    weights: Overlay
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting of the technique and its baseline."""
-
-    setting: Side
-    baseline: Side
-
-
-@dataclass(frozen=True)
-class Ground:
-    """A calibrated network of one seed, on which any role can encode and plan."""
-
-    prepared: Prepared
-    calibration: Calibration
-    watch: Stopwatch
-
-    @property
-    def network(self) -> Network:
-        return self.prepared.network
-
-    def search(self, linears: Sequence[str]) -> Candidates:
-        """Encode these recipes at every linear, tables as 8-bit rows; one reverse pass."""
-        options = self.prepared.options
-        table = str(parse_recipe(uniform_recipes(parse_recipe(FLOOR), TABLES)[1]))
-        menu = Menu(tuple(dict.fromkeys(str(parse_recipe(r)) for r in linears)), (table,))
-        again = keeps_statistics(options, self.network)
-        return find_candidates(self.calibration, menu, options.workers, self.watch, STAGE, again=again, all_kept=True)
-
-    def uniform(self, found: Candidates, recipe: str) -> Side:
-        """One recipe on every linear."""
-        wanted = str(parse_recipe(recipe))
-        return self.side(found, recipe, {name: _settled(site, wanted) for name, site in found.sites.items()})
-
-    def planned(self, found: Candidates, name: str, allocation: Allocation) -> Side:
-        return self.side(found, name, {site: c.recipe for site, c in allocation.sites.items()})
-
-    def side(self, found: Candidates, name: str, recipes: dict[str, str]) -> Side:
-        """These recipes as the product stores them: encoded again on fit and judge tokens together."""
-        again = refit if keeps_statistics(self.prepared.options, self.network) else refit_by_pass
-        written = again(self.calibration, found, recipes, self.prepared.options.workers, self.watch)
-        return Side(name, predicted_bytes(self.network, recipes), overlay(written, recipes))
-
-
-def _settled(site: SiteCandidates, wanted: str) -> str:
-    """The recipe of a uniform setting at one site, or what is stored there whatever the setting."""
-    offered = [c.recipe for c in site.candidates]
-    for recipe in (fitted(wanted, site.site.columns), fitted(encoder_of(wanted), site.site.columns)):
-        if recipe in offered:
-            return recipe
-    return offered[0]
-
-
-# ---------------------------------------------------------------- one function a role
-
-
-def encoder_trials(ground: Ground, technique: str) -> list[Trial]:
-    """Each setting on every linear, against round to nearest in as many bytes."""
-    settings = settings_of(technique)
-    floor = floor_settings()
-    rivals = {setting: rival_of(ground, setting, floor) for setting in settings}
-    unequal = {s for s, r in rivals.items() if not r or len({bytes_of_linears(ground.network, x) for x in (s, r)}) > 1}
-    found = ground.search([*settings, *filter(None, rivals.values()), *(floor_menu() if unequal else ())])
-    trials = []
-    for setting, rival in rivals.items():
-        mine = ground.uniform(found, setting)
-        if rival is not None:
-            trials.append(Trial(mine, ground.uniform(found, rival)))
-        if setting in unequal:
-            trials.append(Trial(mine, planned_floor(ground, found, mine.bytes)))
-    return trials
-
-
-def floor_settings() -> list[str]:
-    """Uniform settings of round to nearest, fine enough in size that one lies close above every setting."""
-    made = [f"{FLOOR}:bits={bits},group={group}" for bits in range(2, 9) for group in (0, 256, 128, 64, 32, 16)]
-    return [str(parse_recipe(recipe)) for recipe in made]
-
-
-def floor_menu() -> tuple[str, ...]:
-    """The recipes that round to nearest is planned over."""
-    return tuple(recipe for recipe in make_menu((FLOOR,), "float16").linear if not is_dense(recipe))
-
-
-def rival_of(ground: Ground, setting: str, floor: Sequence[str]) -> str | None:
-    """The smallest uniform round to nearest that is at least as large, on the same grid if it can be.
-
-    None where there is none, and for round to nearest itself.
-    """
-    encoder = parse_recipe(setting).encoder
-    if encoder.name == FLOOR:
-        return None
-    twin = str(parse_recipe(uniform_recipes(parse_recipe(setting), "same")[1]))
-    sizes = {recipe: bytes_of_linears(ground.network, recipe) for recipe in floor}
-    wanted = bytes_of_linears(ground.network, setting)
-    if sizes.get(twin) == wanted:
-        return twin
-    return min((r for r in sizes if sizes[r] >= wanted), key=lambda r: sizes[r], default=None)
-
-
-def bytes_of_linears(network: Network, recipe: str) -> int:
-    """Payload of a uniform setting, from shapes alone."""
-    linears = [s for s in network.tree.sites if s.kind == "linear"]
-    return sum(layout_bytes(layout_of(fitted(recipe, s.columns), s.rows, s.columns)) for s in linears)
-
-
-def planned_floor(ground: Ground, found: Candidates, size: int) -> Side:
-    """Round to nearest with widths and groups planned within ``size`` bytes of the file."""
-    rest = [site for site in found.sites.values() if site.site.kind != "linear"]
-    tables = tuple(dict.fromkeys(c.recipe for site in rest for c in site.candidates))
-    tree = shortlist(found, Menu(floor_menu(), tables)).tree()
-    allocation = Pareto().allocate(tree, max(size - ground.prepared.range.fixed, size_range(tree)[0]))
-    return ground.planned(found, f"{FLOOR}, planned within {size} bytes", allocation)
-
-
-def rewrite_trials(ground: Ground, technique: str) -> list[Trial]:
-    """The rewrite before round to nearest, against round to nearest alone, on the same grids."""
-    plain = [f"{FLOOR}:bits={bits},group={GROUP}" for bits in WIDTHS]
-    rewritten = [f"{parse_technique(technique)}+{recipe}" for recipe in plain]
-    found = ground.search([*rewritten, *plain])
-    return [
-        Trial(ground.uniform(found, mine), ground.uniform(found, other))
-        for mine, other in zip(rewritten, plain, strict=True)
-    ]
-
-
-def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
-    """The allocator's plan in a uniform setting's bytes, against that setting and against the product's planner."""
-    allocator = parse_technique(technique)
-    assert isinstance(allocator, Allocator)
-    linears = floor_menu()
-    found = ground.search(linears)
-    tree, trials = found.tree(), []
-    for bits in WIDTHS:
-        widest = [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1]
-        uniform = ground.uniform(found, widest)
-        budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
-        mine = ground.planned(found, f"{allocator} over {FLOOR}, {bits} bits", allocator.allocate(tree, budget))
-        trials.append(Trial(mine, uniform))
-        if not isinstance(allocator, Pareto):
-            ours = ground.planned(found, f"pareto over {FLOOR}, {bits} bits", Pareto().allocate(tree, budget))
-            trials.append(Trial(mine, ours))
-    return trials
-
-
-ROLES: dict[str, Callable[[Ground, str], list[Trial]]] = {
-    "encoder": encoder_trials,
-    "rewrite": rewrite_trials,
-    "allocator": allocator_trials,
-}
-"""Role -> how a technique of that role is measured; a role without an entry is refused by name."""
-
-
-def settings_of(technique: str) -> list[str]:
-    """The settings of an encoder that are measured: what was asked for, its own menu, or 4, 3 and 2 bits."""
-    name, _, options = technique.partition(":")
-    encoder = find(name)
-    if options:
-        return [str(parse_technique(technique))]
-    if encoder.menu:
-        return [f"{encoder.name}:{setting}" for setting in encoder.menu]
-    known = {f.name for f in fields(encoder)}  # type: ignore[arg-type]
-    group = f",group={GROUP}" if "group" in known else ""
-    return [f"{encoder.name}:bits={bits}{group}" for bits in WIDTHS] if "bits" in known else [encoder.name]
 
 
 # ---------------------------------------------------------------- the act

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.bench import ROLES, Bench, read_seeds
+from layerwise.bench import Bench, read_seeds
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -20,6 +20,7 @@ from layerwise.evidence.rows import (
     write_evidence,
 )
 from layerwise.technique import find, names
+from layerwise.trials import ROLES
 
 TECHNIQUES = techniques_with_evidence()
 

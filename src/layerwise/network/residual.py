@@ -92,6 +92,10 @@ class _Example:
 
     inputs: dict[str, Tensor]
 
+    @property
+    def pixels(self) -> Tensor | None:
+        return self.inputs.get("pixel_values")
+
     def arguments(self) -> dict[str, Tensor]:
         return self.inputs
 

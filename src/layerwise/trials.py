@@ -1,0 +1,261 @@
+"""What ``layerwise bench`` measures for each role: settings of a technique, each beside a baseline.
+
+encoder     uniform on all linears, against round to nearest on the same grid; where the sizes differ, against the
+            smallest uniform round to nearest that is at least as large, and against round to nearest planned
+            within the setting's bytes
+rewrite     the rewrite and then round to nearest, against round to nearest alone
+allocator   its plan in the bytes of a uniform setting, against that setting and against our own planner, all over
+            the same candidates
+surgeon     round to nearest planned together with the removal of blocks, against planned without, in the same bytes
+tuner       uniform round to nearest tuned, against the same untuned
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+from layerwise.apply import predicted_bytes
+from layerwise.calibrate.passes import Calibration
+from layerwise.candidates import find_candidates
+from layerwise.disk import keeps_statistics
+from layerwise.encoding.encoded import layout_bytes
+from layerwise.engine.progress import Stopwatch
+from layerwise.kept import Candidates, SiteCandidates, overlay, rebuilt, size_range, with_removals
+from layerwise.network.network import Network
+from layerwise.network.overlay import Overlay
+from layerwise.plan.candidates import layout_of
+from layerwise.plan.constraints import is_dense
+from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
+from layerwise.plan.pareto import Pareto
+from layerwise.plan.tree import Allocation
+from layerwise.prepare import Prepared
+from layerwise.refit import refit, refit_by_pass
+from layerwise.removal import find_removals
+from layerwise.rewriting import encoder_of
+from layerwise.shortlist import shortlist
+from layerwise.technique import Allocator, canonical, find, parse_recipe, parse_technique, parse_tuner
+from layerwise.tuning import tune
+
+FLOOR = "rtn"  # what every encoder is held against
+WIDTHS = (4, 3, 2)
+GROUP = 64
+TABLES = "int8"
+STAGE = "bench"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two networks that are held against each other; equal names are equal networks."""
+
+    recipe: str
+    bytes: int
+    weights: Overlay
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting of the technique and its baseline."""
+
+    setting: Side
+    baseline: Side
+
+
+@dataclass(frozen=True)
+class Ground:
+    """A calibrated network of one seed, on which any role can encode and plan."""
+
+    prepared: Prepared
+    calibration: Calibration
+    watch: Stopwatch
+
+    @property
+    def network(self) -> Network:
+        return self.prepared.network
+
+    def search(self, linears: Sequence[str]) -> Candidates:
+        """Encode these recipes at every linear, tables as 8-bit rows; one reverse pass."""
+        options = self.prepared.options
+        table = str(parse_recipe(uniform_recipes(parse_recipe(FLOOR), TABLES)[1]))
+        menu = Menu(tuple(dict.fromkeys(str(parse_recipe(r)) for r in linears)), (table,))
+        again = keeps_statistics(options, self.network)
+        return find_candidates(self.calibration, menu, options.workers, self.watch, STAGE, again=again, all_kept=True)
+
+    def uniform(self, found: Candidates, recipe: str) -> Side:
+        """One recipe on every linear."""
+        wanted = str(parse_recipe(recipe))
+        return self.side(found, recipe, {name: _settled(site, wanted) for name, site in found.sites.items()})
+
+    def planned(self, found: Candidates, name: str, allocation: Allocation) -> Side:
+        return self.side(found, name, {site: c.recipe for site, c in allocation.sites.items()})
+
+    def side(self, found: Candidates, name: str, recipes: dict[str, str]) -> Side:
+        """These recipes as the product stores them: encoded again on fit and judge tokens together."""
+        written = self.written(found, recipes)
+        made = rebuilt(written, recipes)
+        return Side(name, predicted_bytes(made.network, made.recipes), overlay(written, recipes))
+
+    def written(self, found: Candidates, recipes: dict[str, str]) -> Candidates:
+        again = refit if keeps_statistics(self.prepared.options, self.network) else refit_by_pass
+        return again(self.calibration, found, recipes, self.prepared.options.workers, self.watch)
+
+
+def _settled(site: SiteCandidates, wanted: str) -> str:
+    """The recipe of a uniform setting at one site, or what is stored there whatever the setting."""
+    offered = [c.recipe for c in site.candidates]
+    for recipe in (fitted(wanted, site.site.columns), fitted(encoder_of(wanted), site.site.columns)):
+        if recipe in offered:
+            return recipe
+    return offered[0]
+
+
+# ---------------------------------------------------------------- one function a role
+
+
+def encoder_trials(ground: Ground, technique: str) -> list[Trial]:
+    """Each setting on every linear, against round to nearest in as many bytes."""
+    settings = settings_of(technique)
+    floor = floor_settings()
+    rivals = {setting: rival_of(ground, setting, floor) for setting in settings}
+    unequal = {s for s, r in rivals.items() if not r or len({bytes_of_linears(ground.network, x) for x in (s, r)}) > 1}
+    found = ground.search([*settings, *filter(None, rivals.values()), *(floor_menu() if unequal else ())])
+    trials = []
+    for setting, rival in rivals.items():
+        mine = ground.uniform(found, setting)
+        if rival is not None:
+            trials.append(Trial(mine, ground.uniform(found, rival)))
+        if setting in unequal:
+            trials.append(Trial(mine, planned_floor(ground, found, mine.bytes)))
+    return trials
+
+
+def floor_settings() -> list[str]:
+    """Uniform settings of round to nearest, fine enough in size that one lies close above every setting."""
+    made = [f"{FLOOR}:bits={bits},group={group}" for bits in range(2, 9) for group in (0, 256, 128, 64, 32, 16)]
+    return [str(parse_recipe(recipe)) for recipe in made]
+
+
+def floor_menu() -> tuple[str, ...]:
+    """The recipes that round to nearest is planned over."""
+    return tuple(recipe for recipe in make_menu((FLOOR,), "float16").linear if not is_dense(recipe))
+
+
+def rival_of(ground: Ground, setting: str, floor: Sequence[str]) -> str | None:
+    """The smallest uniform round to nearest that is at least as large, on the same grid if it can be.
+
+    None where there is none, and for round to nearest itself.
+    """
+    encoder = parse_recipe(setting).encoder
+    if encoder.name == FLOOR:
+        return None
+    twin = str(parse_recipe(uniform_recipes(parse_recipe(setting), "same")[1]))
+    sizes = {recipe: bytes_of_linears(ground.network, recipe) for recipe in floor}
+    wanted = bytes_of_linears(ground.network, setting)
+    if sizes.get(twin) == wanted:
+        return twin
+    return min((r for r in sizes if sizes[r] >= wanted), key=lambda r: sizes[r], default=None)
+
+
+def bytes_of_linears(network: Network, recipe: str) -> int:
+    """Payload of a uniform setting, from shapes alone."""
+    linears = [s for s in network.tree.sites if s.kind == "linear"]
+    return sum(layout_bytes(layout_of(fitted(recipe, s.columns), s.rows, s.columns)) for s in linears)
+
+
+def planned_floor(ground: Ground, found: Candidates, size: int) -> Side:
+    """Round to nearest with widths and groups planned within ``size`` bytes of the file."""
+    rest = [site for site in found.sites.values() if site.site.kind != "linear"]
+    tables = tuple(dict.fromkeys(c.recipe for site in rest for c in site.candidates))
+    tree = shortlist(found, Menu(floor_menu(), tables)).tree()
+    allocation = Pareto().allocate(tree, max(size - ground.prepared.range.fixed, size_range(tree)[0]))
+    return ground.planned(found, f"{FLOOR}, planned within {size} bytes", allocation)
+
+
+def rewrite_trials(ground: Ground, technique: str) -> list[Trial]:
+    """The rewrite before round to nearest, against round to nearest alone, on the same grids."""
+    plain = [f"{FLOOR}:bits={bits},group={GROUP}" for bits in WIDTHS]
+    rewritten = [f"{parse_technique(technique)}+{recipe}" for recipe in plain]
+    found = ground.search([*rewritten, *plain])
+    return [
+        Trial(ground.uniform(found, mine), ground.uniform(found, other))
+        for mine, other in zip(rewritten, plain, strict=True)
+    ]
+
+
+def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
+    """The allocator's plan in a uniform setting's bytes, against that setting and against the product's planner."""
+    allocator = parse_technique(technique)
+    assert isinstance(allocator, Allocator)
+    linears = floor_menu()
+    found = ground.search(linears)
+    tree, trials = found.tree(), []
+    for bits in WIDTHS:
+        widest = [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1]
+        uniform = ground.uniform(found, widest)
+        budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
+        mine = ground.planned(found, f"{allocator} over {FLOOR}, {bits} bits", allocator.allocate(tree, budget))
+        trials.append(Trial(mine, uniform))
+        if not isinstance(allocator, Pareto):
+            ours = ground.planned(found, f"pareto over {FLOOR}, {bits} bits", Pareto().allocate(tree, budget))
+            trials.append(Trial(mine, ours))
+    return trials
+
+
+def tuner_trials(ground: Ground, technique: str) -> list[Trial]:
+    """Uniform round to nearest, tuned and as it is."""
+    tuner = parse_tuner(technique)
+    recipes = [f"{FLOOR}:bits={bits},group={GROUP}" for bits in WIDTHS]
+    found, trials = ground.search(recipes), []
+    splits = ground.prepared.splits
+    for recipe in recipes:
+        plain = ground.uniform(found, recipe)
+        chosen = {name: _settled(site, str(parse_recipe(recipe))) for name, site in found.sites.items()}
+        written = ground.written(found, chosen)
+        tuned = tune(ground.calibration, written, chosen, tuner, (*splits.fit, *splits.judge), ground.watch)
+        trials.append(Trial(Side(f"{recipe}, then {tuner}", plain.bytes, overlay(tuned, chosen)), plain))
+    return trials
+
+
+def surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
+    """Round to nearest planned together with the removal of blocks, and with it forced, against planned without."""
+    found = ground.search(floor_menu())
+    find_removals(ground.calibration, found, STAGE, ground.watch)
+    name = technique.partition(":")[0]
+    labels = dict.fromkeys(map(canonical, (technique, f"{name}:count=1")))
+    fixed, trials = ground.prepared.range.fixed, []
+    for bits in WIDTHS:
+        widest = next(r for r in floor_menu() if r.startswith(f"{FLOOR}:bits={bits},"))
+        size = ground.uniform(found, widest).bytes
+        plain = planned_floor(ground, found, size)
+        for label in labels:
+            offered = with_removals(ground.calibration, found, label, STAGE)
+            tree = offered.tree()
+            if size - fixed < size_range(tree)[0]:
+                continue
+            chosen = {site: c.recipe for site, c in Pareto().allocate(tree, size - fixed).sites.items()}
+            side = ground.side(offered, f"{FLOOR} and {label}, planned within {size} bytes", chosen)
+            trials.append(Trial(side, plain))
+    return trials
+
+
+ROLES: dict[str, Callable[[Ground, str], list[Trial]]] = {
+    "encoder": encoder_trials,
+    "rewrite": rewrite_trials,
+    "allocator": allocator_trials,
+    "surgeon": surgeon_trials,
+    "tuner": tuner_trials,
+}
+"""Role -> how a technique of that role is measured; a role without an entry is refused by name."""
+
+
+def settings_of(technique: str) -> list[str]:
+    """The settings of an encoder that are measured: what was asked for, its own menu, or 4, 3 and 2 bits."""
+    name, _, options = technique.partition(":")
+    encoder = find(name)
+    if options:
+        return [str(parse_technique(technique))]
+    if encoder.menu:
+        return [f"{encoder.name}:{setting}" for setting in encoder.menu]
+    known = {f.name for f in fields(encoder)}  # type: ignore[arg-type]
+    group = f",group={GROUP}" if "group" in known else ""
+    return [f"{encoder.name}:bits={bits}{group}" for bits in WIDTHS] if "bits" in known else [encoder.name]
