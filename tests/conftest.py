@@ -237,6 +237,39 @@ def tiny_mistral(build: Build, causal_tokenizer: PreTrainedTokenizerFast) -> Pat
     )
 
 
+EXPERTS = DECODER | {"hidden_size": 32, "intermediate_size": 48}
+
+
+@pytest.fixture(scope="session")
+def tiny_mixtral(build: Build, causal_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """``MixtralForCausalLM``: 4 experts a layer, of which 2 see a token; stored as ``w1``, ``w2`` and ``w3``."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return build(MixtralForCausalLM, MixtralConfig, causal_tokenizer, 18, num_local_experts=4, **EXPERTS)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_moe(build: Build, causal_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """``Qwen3MoeForCausalLM``: 6 narrow experts a layer after a first layer without any."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return build(
+        Qwen3MoeForCausalLM, Qwen3MoeConfig, causal_tokenizer, 19, num_experts=6, num_experts_per_tok=2,
+        moe_intermediate_size=24, mlp_only_layers=[0], head_dim=8, **EXPERTS,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2_moe(build: Build, causal_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """``Qwen2MoeForCausalLM``: 4 experts and a shared one behind a gate of its own."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    return build(
+        Qwen2MoeForCausalLM, Qwen2MoeConfig, causal_tokenizer, 20, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=24, shared_expert_intermediate_size=40, **EXPERTS,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def tiny_gpt2(build: Build, causal_tokenizer: PreTrainedTokenizerFast) -> Path:
     """``GPT2LMHeadModel``: transposed ``Conv1D`` linears, q, k and v in one, position table, tied head."""

@@ -92,7 +92,8 @@ def write_network(made: Rebuilt, folder: Path) -> int:
         for name in network.kept_buffers():
             yield name, network.checkpoint.read(name)
 
-    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network), kernels)
+    opened = any(s.experts for s in network.tree.sites)
+    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network), kernels, opened)
 
 
 def predicted_bytes(network: Network, recipes: dict[str, str]) -> int:

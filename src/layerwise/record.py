@@ -11,25 +11,25 @@ from typing import Any
 
 from layerwise.apply import Applied
 from layerwise.calibrate.passes import Calibration
-from layerwise.calibrate.splits import first_tokens, tokens_in
+from layerwise.calibrate.splits import tokens_in
 from layerwise.engine.machine import versions
 from layerwise.engine.progress import Progress
 from layerwise.evaluate.compare import Measured
 from layerwise.evaluate.sentences import spearman
-from layerwise.evaluate.sites import measure_sites, single_site_changes
+from layerwise.evaluate.sites import single_site_changes
 from layerwise.kept import Candidates, all_damages, size_range
 from layerwise.plan.candidates import recipe_bpw
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared
+from layerwise.removal import measure_on_steer
 from layerwise.rewriting import AS_IS
 from layerwise.technique import parse_recipe, parse_tuner, surgery
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20
 SAMPLED_SITES = 10
-SAMPLED_TOKENS = 2048
 
 
 def make_evidence(
@@ -58,7 +58,7 @@ def make_evidence(
         sizes = baseline.bytes, baseline.linear_bytes
         rows.append(row("baseline", baseline.recipe, *sizes, parameters, measured["baseline"], prepared))
     with progress.stage("sample sites", 1) as advance:
-        sampled = [] if options.uniform else sample(prepared, candidates)
+        sampled = [] if options.uniform else sample(prepared, calibration, candidates)
         advance()
     return {
         "format": "layerwise-evidence",
@@ -162,6 +162,8 @@ def site_rows(candidates: Candidates, allocation: Allocation, applied: Applied) 
     for name, found in candidates.sites.items():
         site, chosen, planned = found.site, allocation.sites[name], applied.plan.sites[name]
         note = "the loss does not depend on it" if not found.reached and site.kind == "linear" else ""
+        if site.experts and found.reached and not found.tokens:
+            note = "no calibration token reached the loss through this expert"
         out.append(
             {
                 "site": name,
@@ -256,7 +258,7 @@ def width_of(recipe: str) -> tuple[str, int]:
     return encoder.name, getattr(encoder, "bits", 16)
 
 
-def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
+def sample(prepared: Prepared, calibration: Calibration, candidates: Candidates) -> list[dict[str, Any]]:
     """A dozen candidates measured alone on the steer split, beside what was predicted for them."""
     kept = {
         name: {c.recipe: c for c in found.of(AS_IS)}  # a rewritten matrix alone would not be the same function
@@ -265,8 +267,7 @@ def sample(prepared: Prepared, candidates: Candidates) -> list[dict[str, Any]]:
     }
     pairs = single_site_changes(kept, SAMPLED_SITES)
     changes = [(site, candidates.sites[site].fetch(recipe)) for site, recipe in pairs]
-    batches = first_tokens(prepared.splits.steer, SAMPLED_TOKENS)
-    found = measure_sites(prepared.network, changes, prepared.loss, batches, prepared.options.device)
+    found = measure_on_steer(calibration, changes)
     return [
         {"site": site, "recipe": recipe, "predicted": kept[site][recipe].damage, "measured": value}
         for (site, recipe), value in zip(pairs, found, strict=True)

@@ -17,6 +17,7 @@ from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.forward import boundaries, learn_output_shape
 from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.splits import first_tokens
+from layerwise.encoding.encoded import Encoded
 from layerwise.engine.progress import Progress
 from layerwise.evaluate.sites import measure_sites, single_site_changes
 from layerwise.kept import Candidates
@@ -27,7 +28,9 @@ from layerwise.rewriting import AS_IS
 from layerwise.technique import BlockMeasure
 
 TOKENS = 4096  # that blocks are measured on
-SCALE_SITES, SCALE_TOKENS = 10, 2048
+SCALE_SITES = 10
+STEER_TOKENS = 2048  # that single sites are measured on
+MOST_SCORES = 1 << 24  # values of the outputs held at a time, two sets of them
 
 
 def find_removals(calibration: Calibration, candidates: Candidates, stage: str, progress: Progress) -> None:
@@ -116,7 +119,20 @@ def scale(calibration: Calibration, candidates: Candidates) -> float:
     changes = [(site, candidates.sites[site].fetch(recipe)) for site, recipe in pairs]
     if not changes:
         return 1.0
-    batches = first_tokens(calibration.splits.steer, SCALE_TOKENS)
-    measured = measure_sites(calibration.network, changes, calibration.loss, batches, calibration.device)
+    measured = measure_on_steer(calibration, changes)
     found = statistics.median(m / kept[site][recipe] for (site, recipe), m in zip(pairs, measured, strict=True))
     return found if found > 0 else 1.0
+
+
+def measure_on_steer(calibration: Calibration, changes: Sequence[tuple[str, Encoded]]) -> list[float]:
+    """Mean loss per term with one site at a time in its stored form, on the first tokens of the steer split."""
+    splits, network = calibration.splits, calibration.network
+    if network.whole:
+        return measure_sites(
+            network, changes, calibration.loss, first_tokens(splits.steer, STEER_TOKENS), calibration.device
+        )
+    tokens = min(STEER_TOKENS, max(64, MOST_SCORES // output_width(network)))
+    batches = first_tokens(splits.steer, tokens)
+    before = len(splits.fit) + len(splits.judge)
+    states = calibration.states(before, len(batches))
+    return measure_sites(network, changes, calibration.loss, batches, calibration.device, states)

@@ -255,9 +255,13 @@ def parts(batch: Batch, width: int) -> Iterator[tuple[Batch, int, int]]:
 
 
 def taken(observer: Observer) -> dict[str, Tensor]:
-    """The inputs seen in the latest forward, by site; the observer is emptied."""
-    found = {name: given for name, (given, _) in observer.seen.items()}
-    observer.seen.clear()
+    """The inputs seen in the latest forward, by site; the observer is emptied.
+
+    Experts are left out, and keep the encoding they have: behind a changed prefix the router sends them other tokens,
+    so that there are no pairs of what they are given before and after.
+    """
+    found = {name: given for name, (given, _) in observer.seen.items() if name not in observer.routed}
+    observer.clear()
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from layerwise.calibrate.experts import with_average
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import observing
@@ -40,7 +41,7 @@ def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator
         moments = SplitMoments(frozenset(s.name for s in sites))
         if unit != TABLES:
             _watch(calibration, streamer, unit, sites, moments)
-        yield Part(unit, {s.name: _alike(s, moments) for s in sites}, frozenset())
+        yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in sites}, sites), frozenset())
 
 
 @torch.inference_mode()
@@ -63,14 +64,14 @@ def _watch(calibration: Calibration, streamer: Streamer, unit: str, sites: list[
     with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
         for i, batch in enumerate(batches):
             streamer.run_block(block, inputs[index].read(i).to(streamer.device), enter(batch, index)[1])
-            add_inputs(moments, observer.seen, batch)
-            observer.seen.clear()
+            add_inputs(moments, observer.seen, batch, observer.routed)
+            observer.clear()
 
 
 def _alike(site: Site, moments: SplitMoments) -> Fitted:
     """Statistics with the measured inputs, and rows that all weigh the same."""
     watched = moments.sites.get(site.name)
-    if watched is None:
+    if watched is None or not watched.inputs.count:
         statistics = SiteStatistics.uninformed(site.rows, site.columns)
         return Fitted(statistics, statistics)
     use = Use(
@@ -82,3 +83,10 @@ def _alike(site: Site, moments: SplitMoments) -> Fitted:
         tokens=watched.inputs.count,
     )
     return Fitted(SiteStatistics((use,)), SiteStatistics((use,)))
+
+
+def _experts_filled(found: dict[str, Fitted], sites: list[Site]) -> dict[str, Fitted]:
+    """Experts that got no token take the average of their layer's inputs."""
+    experts = [s for s in sites if s.experts]
+    measured = {s.name: found[s.name].fit for s in experts if found[s.name].fit.tokens}
+    return found | {name: Fitted(one, one) for name, one in with_average(experts, measured).items()}

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from layerwise.network.experts import Expert
+
 
 class Observer:
     """Hooks on the linears of a module: notes each one's input and output of the latest forward.
@@ -15,18 +17,24 @@ class Observer:
     A convolution is noted as the linear that it is, ``[images, positions, in * kh * kw]`` and ``[images, positions,
     out]``; so that gradients arrive at that very output, the network goes on from a copy of it.
 
+    An expert's linears see only the tokens that were routed to it: ``routed`` says which, as rows of the batch.
+
     apart: let the network go on from a copy everywhere, since it may overwrite in place what it was given.
     """
 
     def __init__(self, module: nn.Module, names: dict[str, str], apart: bool = False) -> None:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.routed: dict[str, Tensor] = {}
         self.apart = apart
+        self.experts = {name: parent for path, name in names.items() if (parent := expert_above(module, path))}
         self.handles = [
             module.get_submodule(path).register_forward_hook(self._note(name)) for path, name in names.items()
         ]
 
     def _note(self, name: str):  # type: ignore[no-untyped-def]
         def hook(member: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if name in self.experts:
+                self.routed[name] = self.experts[name].tokens  # type: ignore[assignment]
             if isinstance(member, nn.Conv2d):
                 rows = output.flatten(2).transpose(1, 2)
                 self.seen[name] = (patches(member, given[0].detach()), rows)
@@ -41,9 +49,19 @@ class Observer:
 
         return hook
 
+    def clear(self) -> None:
+        """Forget the latest forward: the next one may send nothing to some expert."""
+        self.seen.clear()
+        self.routed.clear()
+
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def expert_above(module: nn.Module, path: str) -> Expert | None:
+    parent = module.get_submodule(path.rpartition(".")[0])
+    return parent if isinstance(parent, Expert) else None
 
 
 def patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:

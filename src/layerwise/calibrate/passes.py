@@ -9,13 +9,15 @@ finished; a unit that has to be repeated later re-runs the reverse pass down to 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from layerwise.calibrate.activations import Boundary
+from layerwise.calibrate.experts import borrowed, expert_statistics
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
 from layerwise.calibrate.moments import Moment
 from layerwise.calibrate.reverse import (
@@ -33,6 +35,7 @@ from layerwise.engine.journal import Journal
 from layerwise.engine.progress import Progress
 from layerwise.loss import Loss
 from layerwise.network.network import Network, hidden_width
+from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer
 
 TAIL, TABLES = "tail", "tables"
@@ -79,6 +82,11 @@ class Calibration:
         """The block boundaries of all calibration batches; a prefix of the batches reads a prefix of each file."""
         count = len(self.network.tree.blocks) + 1
         return boundaries(self.folder, "hidden", batches or self.splits.all, self.width, count)
+
+    def states(self, first: int, count: int) -> Callable[[int], list[Tensor]]:
+        """Boundary -> the dense hidden states there of ``count`` batches from batch ``first`` on, read when asked."""
+        inputs = self.inputs()
+        return lambda index: [inputs[index].read(first + k) for k in range(count)]
 
     def units(self) -> list[str]:
         """Units of the reverse pass in order."""
@@ -185,9 +193,11 @@ def _run_unit(
     )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]
-    names = [s.name for s in network.tree.of_block(unit) if any(s.name in m.sites for m in found.values())]
-    lost = unreached_sites(found, names) | {s.name for s in network.tree.of_block(unit) if s.name not in names}
-    return Part(unit, fitted_sites(found, [n for n in names if n not in lost], loss), frozenset(lost))
+    sites = network.tree.of_block(unit)
+    names = [s.name for s in sites if not s.experts and any(s.name in m.sites for m in found.values())]
+    experts = fitted_experts([s for s in sites if s.experts], found, loss)
+    lost = unreached_sites(found, names) | {s.name for s in sites if s.name not in names and s.name not in experts}
+    return Part(unit, fitted_sites(found, [n for n in names if n not in lost], loss) | experts, frozenset(lost))
 
 
 def fitted_sites(found: dict[str, SplitMoments], names: list[str], loss: Loss) -> dict[str, Fitted]:
@@ -198,6 +208,13 @@ def fitted_sites(found: dict[str, SplitMoments], names: list[str], loss: Loss) -
         judge = found["judge"].statistics(name, loss.constant) if "judge" in found else fit
         out[name] = Fitted(fit, judge)
     return out
+
+
+def fitted_experts(sites: list[Site], found: dict[str, SplitMoments], loss: Loss) -> dict[str, Fitted]:
+    """Statistics of a block's experts on each split; an expert that no token of a split reached borrows the others'."""
+    fit = expert_statistics(sites, found["fit"], loss.constant)
+    judge = expert_statistics(sites, found["judge"], loss.constant) if "judge" in found else fit
+    return {s.name: Fitted(*borrowed(s.name, fit, judge)) for s in sites if s.name in fit or s.name in judge}
 
 
 def _keep_tail(network: Network, found: dict[str, SplitMoments], file: Path) -> None:

@@ -9,8 +9,9 @@ Each returns what it measured per site and per split; gradients at block boundar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 DRAWS = 4  # sampled gradients per loss term
 LEFT_DRAWS = 1  # of which this many enter E[M M^T]: it costs a product a draw, and tokens give samples enough
+NONE_ROUTED: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass
@@ -82,22 +84,32 @@ class SplitMoments:
         return SiteStatistics((use,))
 
 
-def add_inputs(moments: SplitMoments, seen: dict[str, tuple[Tensor, Tensor]], batch: Batch) -> None:
-    """Add this batch's inputs; linears that were given the very same tensor get the very same moment."""
+def add_inputs(
+    moments: SplitMoments,
+    seen: dict[str, tuple[Tensor, Tensor]],
+    batch: Batch,
+    routed: Mapping[str, Tensor] = NONE_ROUTED,
+) -> None:
+    """Add this batch's inputs; linears that were given the very same tensor get the very same moment.
+
+    routed: for an expert's linears, which of the batch's tokens their rows are.
+    """
     measured: dict[int, Moment] = {}
     for name, (given, output) in seen.items():
         key = given.data_ptr()
         if key not in measured:
             watched = moments.sites.get(name)
             moment = watched.inputs if watched else Moment(given.shape[-1], only_diagonal=name not in moments.whole)
-            moment.add(counted_rows(given.detach(), batch))
+            moment.add(counted_rows(given.detach(), batch, routed.get(name)))
             measured[key] = moment
         if name not in moments.sites:
             moments.sites[name] = Watched(measured[key], Moment(output.shape[-1], only_diagonal=True))
 
 
-def counted_rows(values: Tensor, batch: Batch) -> Tensor:
+def counted_rows(values: Tensor, batch: Batch, routed: Tensor | None = None) -> Tensor:
     """``[tokens, n]`` of ``[sequences, length, n]`` without padding; values with one row a text are kept whole."""
+    if routed is not None:
+        return values if batch.mask is None else values[batch.counted.to(values.device).flatten()[routed]]
     if values.dim() == 3 and values.shape[:2] == batch.tokens.shape and batch.mask is not None:
         return values[batch.counted.to(values.device)]
     return values.reshape(-1, values.shape[-1])
@@ -129,10 +141,12 @@ def reverse_block(
                     hidden = inputs.read(i).to(streamer.device).requires_grad_()
                     output = streamer.run_block(block, hidden, call)
                 moments = found[split_of[i]]
-                add_inputs(moments, observer.seen, batch)
+                add_inputs(moments, observer.seen, batch, observer.routed)
                 directions = gradients_out.read(i).to(output.device)
-                yield back_propagate(output, hidden, observer.seen, directions, moments, batch, tokens_alone)
-                observer.seen.clear()
+                yield back_propagate(
+                    output, hidden, observer.seen, directions, moments, batch, tokens_alone, observer.routed
+                )
+                observer.clear()
 
     gradients_in.write(run())
     return found
@@ -146,12 +160,13 @@ def back_propagate(
     moments: SplitMoments,
     batch: Batch,
     tokens_alone: bool,
+    routed: Mapping[str, Tensor] = NONE_ROUTED,
 ) -> Tensor:
     """Back-propagate every draw; add to the linears' marginals; return the gradients at ``hidden``, a draw each."""
     names = list(seen)
     wanted = [hidden, *(seen[n][1] for n in names)]
     out = torch.empty(directions.shape[0], *hidden.shape)
-    inputs = {n: by_example(seen[n][0].detach(), batch, tokens_alone) for n in names}
+    inputs = {n: by_example(seen[n][0].detach(), batch, tokens_alone, routed.get(n)) for n in names}
     direct = {n for n in names if batch.pixels is not None and has_many_positions(inputs[n], seen[n][1])}
     alike: dict[int, Tensor] = {}  # X X^T of each example, [examples, T, T], once per distinct input
     for name in names:
@@ -168,7 +183,7 @@ def back_propagate(
         for name, gradient in zip(names, at[1:], strict=True):
             if gradient is None:
                 continue
-            watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone)
+            watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone, routed.get(name))
             if name in direct:
                 add_products(watched, g.transpose(1, 2) @ inputs[name], draw < LEFT_DRAWS)
                 continue
@@ -209,12 +224,18 @@ def coupled(weights: Tensor, values: Tensor) -> Tensor:
     return weights * values if values.shape[1] == 1 else weights @ values
 
 
-def by_example(values: Tensor, batch: Batch, tokens_alone: bool) -> Tensor:
+def by_example(values: Tensor, batch: Batch, tokens_alone: bool, routed: Tensor | None = None) -> Tensor:
     """``[examples, T, n]`` with zeros at padding, so that padding never counts; one row a text becomes ``T = 1``.
 
     tokens_alone: every token is an example. Where each token has a loss term of its own the errors of different
     tokens hardly meet in one term, and single tokens are many more samples than windows.
+    routed: rows that an expert was sent go back to their places in the batch, with zeros at all others.
     """
+    if routed is not None:
+        if tokens_alone:
+            return counted_rows(values, batch, routed).unsqueeze(1)
+        spread = values.new_zeros(batch.tokens.numel(), values.shape[-1]).index_copy(0, routed, values)
+        return spread.view(*batch.tokens.shape, -1) * batch.counted.to(values.device).unsqueeze(-1)
     if values.dim() == 2:
         return values.unsqueeze(1)
     if tokens_alone:

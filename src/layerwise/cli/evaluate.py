@@ -17,7 +17,7 @@ def evaluate(
     artifact: Annotated[str, typer.Argument(help="A folder written by layerwise compress.", metavar="OUT")],
     dense: Annotated[str, typer.Option(metavar="MODEL", help="The dense network it was made from.")],
     evaluate: Annotated[
-        str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, scored sentence pairs, or images.")
+        str, typer.Option("--evaluate", metavar="TEXT", help="Held-out text, or scored sentence pairs.")
     ],
     sequences: Annotated[int, typer.Option(help="Sequences read from the text.")] = 256,
     length: shared.Length = 256,

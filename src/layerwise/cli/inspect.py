@@ -16,7 +16,7 @@ def inspect(model: shared.Model, json: shared.Json = False) -> None:
     rows = [
         {
             "site": s.name, "kind": s.kind, "rows": s.rows, "columns": s.columns, "parameters": s.parameters,
-            "bytes": network.checkpoint.tensors[network.stored.of[s.parameter]].nbytes, "block": s.block,
+            "bytes": network.stored.place(s.parameter).nbytes, "block": s.block,
             "tied_to": s.head, "transposed": s.transposed, "searched": s.searched,
         }
         for s in network.tree.sites

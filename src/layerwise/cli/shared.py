@@ -14,18 +14,11 @@ import typer
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face checkpoint directory or hub id.", metavar="MODEL")]
 Calibrate = Annotated[
-    str,
-    typer.Option(
-        "--calibrate",
-        metavar="TEXT",
-        help="Calibration text (.txt, .jsonl, .csv, a data set id) or images (.safetensors, .npz).",
-    ),
+    str, typer.Option("--calibrate", metavar="TEXT", help="Calibration text: .txt, .jsonl, .csv or a data set id.")
 ]
 Evaluate = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation)
-    typer.Option(
-        "--evaluate", metavar="TEXT", help="Held-out text or images; without it a tenth of the calibration data."
-    ),
+    typer.Option("--evaluate", metavar="TEXT", help="Held-out text; without it a tenth of the calibration text."),
 ]
 Sequences = Annotated[int, typer.Option(help="Calibration sequences.")]
 Length = Annotated[int, typer.Option(help="Tokens of a sequence.")]

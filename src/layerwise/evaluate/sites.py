@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,24 +18,36 @@ from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 @torch.inference_mode()
 def measure_sites(
-    network: Network, changes: Sequence[tuple[str, Encoded]], loss: Loss, batches: Sequence[Batch], device: str = "cpu"
+    network: Network,
+    changes: Sequence[tuple[str, Encoded]],
+    loss: Loss,
+    batches: Sequence[Batch],
+    device: str = "cpu",
+    states: Callable[[int], list[Tensor]] | None = None,
 ) -> list[float]:
     """Mean loss per term with one site at a time replaced by its stored form and all else dense.
 
-    Only the blocks from the changed site on are run again. The dense hidden states of ``batches`` are held in memory
-    (blocks x tokens x width x 4 bytes), so give it a few thousand tokens.
+    states: boundary -> the dense hidden states of ``batches`` there, where a calibration has them on disk. Otherwise
+            they are computed and held in memory (blocks x tokens x width x 4 bytes): give it a few thousand tokens.
+
+    Only the blocks from the changed site on are run again.
     """
     if network.whole:
         return [_measure_whole(network, name, encoded, loss, batches, device) for name, encoded in changes]
-    blocks = len(network.tree.blocks)
-    dense = Streamer(network.again(), None, device)
-    hidden: list[list[Tensor]] = [[] for _ in range(blocks + 1)]
+    own = network.again()  # one module for all: they are run one after another
+    dense = Streamer(own, None, device)
+    states = states or dense_states(dense, batches).__getitem__
+    targets = _targets(dense, loss, batches, states(len(network.tree.blocks)))
+    return [_measure(own, name, encoded, loss, batches, states, targets, device) for name, encoded in changes]
+
+
+def dense_states(dense: Streamer, batches: Sequence[Batch]) -> list[list[Tensor]]:
+    """The hidden states of every batch at every boundary."""
     with dense.head_of_network() as enter:
-        hidden[0] = [enter(batch, 0)[0] for batch in batches]
-    for index in range(blocks):
-        hidden[index + 1] = _block(dense, index, batches, hidden[index])
-    targets = _targets(dense, loss, batches, hidden[blocks])
-    return [_measure(network, name, encoded, loss, batches, hidden, targets, device) for name, encoded in changes]
+        hidden = [[enter(batch, 0)[0] for batch in batches]]
+    for index in range(len(dense.network.tree.blocks)):
+        hidden.append(_block(dense, index, batches, hidden[index]))
+    return hidden
 
 
 def _measure(
@@ -44,18 +56,18 @@ def _measure(
     encoded: Encoded,
     loss: Loss,
     batches: Sequence[Batch],
-    hidden: list[list[Tensor]],
+    states: Callable[[int], list[Tensor]],
     targets: list[Tensor],
     device: str,
 ) -> float:
     site = network.tree.find(name)
-    streamer = Streamer(network.again(), Overlay(network, {name: lambda: encoded}, exact=True), device)
+    streamer = Streamer(network, Overlay(network, {name: lambda: encoded}, exact=True), device)
     first = len(network.tree.blocks)
     if site.block is not None:
         first = network.tree.blocks.index(site.block)
     elif site.kind in ("table", "position"):
         first = 0
-    state = hidden[first]
+    state = states(first)
     if site.kind in ("table", "position"):
         with streamer.head_of_network() as enter:
             state = [enter(batch, 0)[0] for batch in batches]

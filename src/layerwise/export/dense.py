@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,12 +32,19 @@ def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLi
     for name, site in artifact.sites.items():
         layout[f"{name}.weight"] = (dtype, site.shape)
 
-    def produce() -> Iterator[tuple[str, Tensor]]:
-        for name in artifact.plain:
-            yield name, to_plain(artifact.checkpoint.read(name), dtype, name)
-        for name in artifact.sites:
-            yield f"{name}.weight", _decoded(artifact, name, dtype)
+    held = _published(artifact) or {name: (shape, [name]) for name, (_, shape) in layout.items()}
 
+    def content(name: str) -> Tensor:
+        if name in artifact.plain:
+            return to_plain(artifact.checkpoint.read(name), dtype, name)
+        return _decoded(artifact, name.removesuffix(".weight"), dtype)
+
+    def produce() -> Iterator[tuple[str, Tensor]]:
+        for name, (shape, parts) in held.items():
+            whole = content(parts[0]) if len(parts) == 1 else torch.cat([content(p).flatten() for p in parts])
+            yield name, whole.view(shape)
+
+    layout = {name: (layout[parts[0]][0], shape) for name, (shape, parts) in held.items()}
     config = {k: v for k, v in artifact.config.items() if k not in ("quantization_config", "torch_dtype")}
     config["dtype"] = str(dtype).removeprefix("torch.")
     with staged(Path(out_dir), force) as folder:
@@ -44,6 +52,21 @@ def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLi
         copy_companions(artifact.checkpoint.companions, folder)
         write_config(folder, config)
     return size
+
+
+def _published(artifact: Artifact) -> dict[str, tuple[tuple[int, ...], list[str]]]:
+    """Published tensor -> (shape, what it holds), where a network of experts is; see ``published_names``."""
+    names = [*artifact.plain, *(f"{site}.weight" for site in artifact.sites)]
+    if not any(re.search(r"\.\d+\.down_proj\.weight$", name) for name in names):
+        return {}
+    import transformers
+
+    if not hasattr(transformers, artifact.checkpoint.architecture):
+        return {}  # it was made from a module
+    from layerwise.network.expert_names import published_names
+    from layerwise.network.skeleton import build_on_meta
+
+    return published_names(build_on_meta(artifact.checkpoint.architecture, artifact.config))
 
 
 def _decoded(artifact: Artifact, site: str, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -78,10 +79,12 @@ def write_artifact(
     plain: Iterable[tuple[str, Tensor]],
     transposed: Collection[str] = (),
     kernels: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    opened: bool = False,
 ) -> int:
     """Write weights, config and companions into ``folder`` and return the size that ``predicted_size`` promised.
 
     kernels: names in ``encoded`` whose module is a convolution, and the kernel that its matrix flattens.
+    opened:  the network's experts are stored one by one, so that it takes layerwise to load it even if all is dense.
 
     ``encoded`` and ``plain`` are consumed one by one: one site is in memory at a time. Give a folder of ``staged``.
     """
@@ -103,11 +106,11 @@ def write_artifact(
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_file.write(folder / WEIGHTS, layout, produce(), METADATA)
     copy_companions(checkpoint.companions, folder)
-    write_config(folder, artifact_config(checkpoint, sites))
+    write_config(folder, artifact_config(checkpoint, sites, opened))
     return weights_bytes(folder)
 
 
-def artifact_config(checkpoint: Checkpoint, sites: Mapping[str, StoredSite]) -> dict[str, Any]:
+def artifact_config(checkpoint: Checkpoint, sites: Mapping[str, StoredSite], opened: bool = False) -> dict[str, Any]:
     """The input's config with the sites' description; the type that the network computes in stays the input's."""
     config = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "quantization_config")}
     if config.get("dtype") is None and config.get("torch_dtype") is None:
@@ -117,7 +120,7 @@ def artifact_config(checkpoint: Checkpoint, sites: Mapping[str, StoredSite]) -> 
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         if sizes:
             config["dtype"] = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
-    if sites:
+    if sites or opened:
         config["quantization_config"] = sites_config(sites)
     return config
 
@@ -206,9 +209,16 @@ class Artifact:
 
     def stored(self, site: str) -> dict[str, str]:
         """Suffix -> name of the tensors of a site."""
-        weight = f"{site}.weight"
-        found = {n.removeprefix(weight): n for n in self.checkpoint.tensors if n.startswith(weight)}
-        return {suffix: name for suffix, name in found.items() if not suffix or suffix.startswith("_")}
+        return self._by_site.get(site, {})
+
+    @cached_property
+    def _by_site(self) -> dict[str, dict[str, str]]:
+        found: dict[str, dict[str, str]] = {}
+        for name in self.checkpoint.tensors:
+            site, dot, suffix = name.rpartition(".weight")
+            if dot and (not suffix or suffix.startswith("_")):
+                found.setdefault(site, {})[suffix] = name
+        return found
 
     def encoded(self, site: str) -> Encoded:
         """The stored form of a site; raises ``InputError`` where tensors and spec do not fit."""

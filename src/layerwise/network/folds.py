@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
+from layerwise.network.experts import Expert
 from layerwise.network.sites import is_linear, is_transposed
 
 TOLERANCE = 1e-4  # of the block's own change to the hidden state, in float32
@@ -167,7 +168,14 @@ def _producers(
     order = list(outputs)
     before = order[: order.index(consumers[0])]
     wide = [p for p in before if p in linears and p not in consumers and outputs[p].shape[-1] == width]
+    wide = [p for p in wide if expert_of(block, p) == expert_of(block, consumers[0])]
     return [*norms, *reversed(wide)]
+
+
+def expert_of(block: nn.Module, path: str) -> str:
+    """Path of the expert that a linear belongs to, or nothing: an expert's matrices feed one another and no others."""
+    parent = path.rpartition(".")[0]
+    return parent if isinstance(block.get_submodule(parent), Expert) else ""
 
 
 def _is_exact(

@@ -66,7 +66,7 @@ class Network:
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as float32, in the module's own layout."""
-        value = safetensors_file.read_float(self.checkpoint.tensors[self.stored.of[parameter]])
+        value = safetensors_file.read_float(self.stored.place(parameter))
         return self.changes[parameter].apply(value) if parameter in self.changes else value
 
     def read_rows(self, parameter: str, index: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Network:
         change = self.changes.get(parameter)
         if change is not None and not change.by_rows:
             return self.read(parameter)[index]
-        rows = safetensors_file.read_rows(self.checkpoint.tensors[self.stored.of[parameter]], index).float()
+        rows = safetensors_file.read_rows(self.stored.place(parameter), index).float()
         return rows if change is None else change.apply(rows)
 
     def read_site(self, site: Site) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.network.sites import find_sites
-from layerwise.network.skeleton import StoredNames, build_on_meta
+from layerwise.network.skeleton import build_on_meta
 
 
 def reblocked(network: Network, order: Sequence[int]) -> Network:
@@ -40,7 +40,7 @@ def reblocked(network: Network, order: Sequence[int]) -> Network:
         checkpoint=checkpoint,
         module=module,
         tree=tree,
-        stored=StoredNames.known({name: network.stored.of[before] for name, before in old.items()}),
+        stored=network.stored.renamed(old),
         changes={name: network.changes[before] for name, before in old.items() if before in network.changes},
     )
 

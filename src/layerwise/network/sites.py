@@ -3,7 +3,7 @@
 network
 ├── tables        nn.Embedding outside the blocks; the word table is tied to the head or not
 ├── blocks        the longest outermost nn.ModuleList of equal modules that hold matrices
-│   └── linears   nn.Linear, and GPT-2's Conv1D whose matrix is stored transposed
+│   └── linears   nn.Linear, GPT-2's Conv1D whose matrix is stored transposed, every expert's three; not a router
 ├── outer linears pooler, classifier, the transform of a masked language head
 └── head          the matrix that gives one score per word of the vocabulary
 """
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
+from layerwise.network.experts import Expert, is_router
 from layerwise.network.skeleton import parameter_owners
 
 Kind = Literal["linear", "table", "head", "position"]
@@ -29,6 +31,7 @@ class Site:
     name:        module path; the parameter is ``name + ".weight"``.
     rows/columns: of the stored matrix, always ``[out, in]`` for a linear and ``[entries, width]`` for a table.
     transposed:  the module keeps ``[in, out]`` (Conv1D).
+    experts:     path of the layer of experts that it belongs to one of, or None.
     kernel:      of a convolution: its module keeps ``[out, in, *kernel]``, flattened to ``[out, in * kh * kw]`` here.
     block:       path of the block it lies in, or None.
     head:        for a tied table, the path of the head that shares its matrix.
@@ -44,6 +47,7 @@ class Site:
     head: str | None = None
     searched: bool = True
     kernel: tuple[int, ...] | None = None
+    experts: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -81,10 +85,11 @@ class SiteTree:
         return tuple(s for s in self.sites if s.block == block)
 
     def find(self, name: str) -> Site:
-        for site in self.sites:
-            if site.name == name:
-                return site
-        raise KeyError(name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Site]:  # a network of experts has thousands of sites
+        return {site.name: site for site in self.sites}
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -147,9 +152,13 @@ def find_sites(module: nn.Module) -> SiteTree:
                 if not any(s.head == path for s in sites):
                     sites.append(Site(path, "head", *child.weight.shape))
                 continue
+            parent = module.get_submodule(path.rpartition(".")[0])
+            if isinstance(child, nn.Linear) and is_router(parent, child):
+                continue
+            experts = path.rsplit(".", 2)[0] if isinstance(parent, Expert) else None
             transposed = is_transposed(child)
             rows, columns = reversed(child.weight.shape) if transposed else child.weight.shape
-            sites.append(Site(path, "linear", rows, columns, transposed=transposed, block=block))
+            sites.append(Site(path, "linear", rows, columns, transposed=transposed, block=block, experts=experts))
     parameters = sum(p.numel() for p in module.parameters())
     return SiteTree(blocks, tuple(_in_order(sites, blocks)), parameters)
 

@@ -7,19 +7,23 @@ real), so a network of any size costs nothing until ``materialise`` reads the pa
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from layerwise.errors import InputError, nearest
+from layerwise.network.expert_names import stored_experts
+from layerwise.network.experts import open_experts
 
 if TYPE_CHECKING:
     from layerwise.network.checkpoint import Checkpoint
+    from layerwise.network.safetensors_file import TensorInfo
 
 
 def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
-    """The transformers class ``architecture`` with meta parameters and real buffers, in eval mode."""
+    """The transformers class ``architecture`` with meta parameters and real buffers, in eval mode, experts opened."""
     import transformers
 
     cls = getattr(transformers, architecture, None)
@@ -39,6 +43,7 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
     except Exception as reason:  # a config that its own class refuses is the checkpoint's mistake, whatever it raises
         raise InputError(f"config.json does not describe a {architecture}: {first_sentence(reason)}") from None
     module.tie_weights()  # type: ignore[operator]
+    open_experts(module)
     return module.eval().requires_grad_(False)
 
 
@@ -75,21 +80,28 @@ class StoredNames:
     """Which tensor of the checkpoint belongs to which parameter of the module.
 
     Checkpoints of a bare model and of the same model under a head differ by the base model's prefix; a tied
-    parameter is stored under any one of its names.
+    parameter is stored under any one of its names. ``inside``: experts that lie within a tensor that holds several.
     """
 
     def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
         prefix = getattr(module, "base_model_prefix", "") + "."
         stored = checkpoint.tensors
         self.of: dict[str, str] = {}
+        self.inside: dict[str, TensorInfo] = {}
+        self.tensors = stored
         missing: list[str] = []
         renamed: dict[str, str] | None = None
+        experts: dict[str, TensorInfo] | None = None
         for names in parameter_owners(module).values():
             choices = [c for n in names for c in (n, prefix + n, n.removeprefix(prefix), renamed_norm(n))]
             found = next((c for c in choices if c in stored), None)
             if found is None:
                 renamed = renamed_by_transformers(module, stored) if renamed is None else renamed
                 found = next((renamed[c] for c in choices if c in renamed), None)
+            if found is None:
+                experts = stored_experts(module, stored) if experts is None else experts
+                if names[0] in experts:
+                    found, self.inside[names[0]] = experts[names[0]].name, experts[names[0]]
             if found is None:
                 missing.append(names[0])
             for name in names:
@@ -101,7 +113,7 @@ class StoredNames:
                 f"its weights must belong to the architecture that config.json names"
             )
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            info = stored[self.of[name]]
+            info = self.place(name)
             if tuple(info.shape) != tuple(parameter.shape):
                 raise InputError(
                     f"tensor {info.name} has shape {list(info.shape)}, but config.json asks for "
@@ -113,12 +125,16 @@ class StoredNames:
                     f"layerwise starts from float32, float16 or bfloat16 weights"
                 )
 
-    @classmethod
-    def known(cls, of: Mapping[str, str]) -> StoredNames:
-        """Names that are known already: parameter -> tensor of the checkpoint."""
-        names = cls.__new__(cls)
-        names.of = dict(of)
+    def renamed(self, old: Mapping[str, str]) -> StoredNames:
+        """For a network whose parameters have other names: its name -> the name here."""
+        names = copy.copy(self)
+        names.of = {name: self.of[before] for name, before in old.items()}
+        names.inside = {name: self.inside[before] for name, before in old.items() if before in self.inside}
         return names
+
+    def place(self, parameter: str) -> TensorInfo:
+        """Where a parameter of the module lies."""
+        return self.inside[parameter] if parameter in self.inside else self.tensors[self.of[parameter]]
 
 
 def renamed_norm(name: str) -> str:

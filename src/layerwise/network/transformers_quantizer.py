@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layerwise.errors import InputError
 from layerwise.network.artifact_config import FORMAT_VERSION, METHOD, StoredSite, parse_sites, sites_config
+from layerwise.network.expert_names import open_stored_experts, own_conversions
 from layerwise.network.packed import Packed, PackedConv, PackedEmbedding, PackedHead, PackedLinear
 from layerwise.network.safetensors_file import TensorInfo, read_header
 from layerwise.network.sites import is_convolution
@@ -56,6 +57,7 @@ class LayerwiseQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise InputError("an artifact is loaded from its directory; a state dict alone does not describe its forms")
         tensors = {name: i for file in checkpoint_files for name, i in read_header(Path(file))[0].items()}
+        self.opened, self.stored_names = open_stored_experts(model, tensors), list(tensors)
         ties = expanded_ties(model)
         sites = pack_modules(model, self.quantization_config.stored(), stored_layouts(tensors))
         tie_packed_heads(model, ties)
@@ -68,6 +70,12 @@ class LayerwiseQuantizer(HfQuantizer):
         plain = {info.dtype for info in rest if info.dtype.is_floating_point}
         self.plain_dtype = plain.pop() if len(plain) == 1 else None
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Where experts are opened, nothing is merged: an artifact's tensors lie under today's names already."""
+        if self.opened:
+            return own_conversions(weight_conversions, self.stored_names)
+        return super().update_weight_conversions(weight_conversions, model)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """For ``save_pretrained``: what is not packed goes back to the type it was stored in."""

@@ -76,6 +76,8 @@ def uniform_recipes(recipe: Recipe, embeddings: str) -> tuple[str, str]:
     }
     if not shared:
         return str(recipe), str(recipe.encoder)
+    if "bits" in shared:  # kept values of a sparse form may have one bit or sixteen, which are no grid of rounding
+        shared["bits"] = min(max(shared["bits"], 2), 8)
     return str(recipe), "rtn:" + ",".join(f"{k}={str(v).lower()}" for k, v in shared.items())
 
 
