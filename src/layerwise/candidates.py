@@ -26,7 +26,7 @@ from layerwise.network.network import Network
 from layerwise.network.safetensors_file import header_share, write
 from layerwise.network.sites import Site
 from layerwise.network.sizes import largest_file
-from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated
+from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated, worthwhile
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import UNREACHED, Menu
 from layerwise.plan.tree import Candidate
@@ -215,19 +215,18 @@ def encode_alternative(
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        if name not in removed:  # two threads may both compute it; they get equal values
-            removed[name] = damage(weights[name], judge)
-        return encode_candidate(name, weights[name], recipe, fit, judge, removed[name])
+        return encode_candidate(name, weights[name], recipe, fit, judge)
 
     wanted = all_places if all_kept else non_dominated
-    removed: dict[str, float] = {}
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
     label = alternative.label if alternative else AS_IS
     for (name, _), encoding in zip(tasks, each(work, tasks, workers), strict=True):
         found[name].append(encoding)
         if len(found[name]) == len(recipes[name]):
             file = encodings_file(folder, name, label)
-            kept = keep(sites[name], found.pop(name), part, file, largest_file(network), wanted)
+            removed = damage(weights[name], statistics_at(measured, sites[name])[1])
+            sound = worthwhile(name, found.pop(name), removed)
+            kept = keep(sites[name], sound, part, file, largest_file(network), wanted)
             if name in entry:
                 entry[name]["candidates"] += kept["candidates"]
                 entry[name]["dominated"] += kept["dominated"]

@@ -28,14 +28,10 @@ class Encoding:
     seconds: float = 0.0
 
 
-def encode_candidate(
-    site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics, removed: float
-) -> Encoding:
+def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics) -> Encoding:
     """Encode ``weight`` [rows, columns] on the fit statistics and judge it on the judge statistics.
 
-    removed: the damage of leaving the matrix out, which no candidate may exceed by half.
-
-    The encoding is checked before it may enter a plan: finite when decoded, and better than nothing.
+    Raises ``InputError`` where the encoding is not finite when decoded.
     """
     import torch
 
@@ -51,13 +47,22 @@ def encode_candidate(
             f"{recipe} produced a weight that is not finite at {site}; "
             f"resume with --redo {site}=rtn:bits=8 or another recipe"
         )
-    found = damage(decoded - weight, judge)
-    if not found <= max(removed, 1e-12) * 1.5:
+    return Encoding(recipe, encoded, damage(decoded - weight, judge), seconds)
+
+
+def worthwhile(site: str, encodings: Sequence[Encoding], removed: float) -> list[Encoding]:
+    """The encodings that may enter a plan: those not much worse than nothing.
+
+    removed: the damage of leaving the matrix out. Raises ``InputError`` where not one is left.
+    """
+    kept = [e for e in encodings if e.damage <= max(removed, 1e-12) * 1.5]
+    if not kept:
+        least = min(encodings, key=lambda e: e.damage)
         raise InputError(
-            f"{recipe} does more damage at {site} ({found:.3g}) than leaving the matrix out ({removed:.3g}); "
-            f"resume with --redo {site}=RECIPE and another recipe"
+            f"{least.recipe} does more damage at {site} ({least.damage:.3g}) than leaving the matrix out "
+            f"({removed:.3g}); resume with --redo {site}=RECIPE and another recipe"
         )
-    return Encoding(recipe, encoded, found, seconds)
+    return kept
 
 
 def non_dominated(candidates: Sequence[Candidate]) -> list[int]:
