@@ -27,6 +27,7 @@ SMALL = {"--sequences": "48", "--length": "32", "--threads": "1", "--workers": "
 # A tiny network cannot be as small as the guide's example, in bits a weight, nor as large in bytes.
 WRITTEN = {
     "12MB": "100kB",
+    "2.6bpw": "5bpw",
     "3bpw": "5bpw",
     "4bpw": "6bpw",
     "4.5bpw": "6bpw",
