@@ -57,7 +57,7 @@ def measure_removals(calibration: Calibration, advance: Callable[[], None] = lam
     offset, count = len(splits.fit), len(network.tree.blocks)
     hidden = calibration.inputs()
     streamer = Streamer(network, device=calibration.device)
-    learn_output_shape(streamer, batches[0], hidden[0])
+    learn_output_shape(streamer, splits.all[0], hidden[0])
     states: list[tuple[Boundary, Boundary]] = []
     influence: list[float] = []
     for index in range(count):

@@ -61,6 +61,14 @@ def test_the_measured_damage_is_the_loss_of_the_network_without_the_block(tiny_l
         assert measure.damage == pytest.approx(expected, rel=1e-3)
 
 
+def test_texts_of_any_length_are_measured(tiny_bert: Path, sentences: Path) -> None:
+    """An encoder's batches differ in length, and those of the judge split from those of the fit split."""
+    calibration = layerwise.calibrate(open_network(str(tiny_bert)), str(sentences), sequences=60, length=24)
+    measures = measure_removals(calibration)
+    assert len(measures) == len(calibration.network.tree.blocks)
+    assert all(m.damage > 0 and 0 < m.influence < 2 for m in measures)
+
+
 def test_influence_is_one_minus_the_cosine(tiny_llama: Path, sentences: Path) -> None:
     network = open_network(str(tiny_llama))
     calibration = layerwise.calibrate(network, str(sentences), sequences=40, length=32)

@@ -93,6 +93,8 @@ function placeTags(chart, tags, width) {
     const left = tag.left || tag.x + wide + 12 > width;
     const box = { x: left ? tag.x - 9 - wide : tag.x + 9, y: tag.y };
     for (let tries = 0; tries < 8 && taken.some((t) => Math.abs(t.y - box.y) < 12 && t.x < box.x + wide && box.x < t.x + t.wide); tries++) box.y -= 12;
+    // Where marks crowd, a label that would end up far from its mark is left to the mark's tooltip.
+    if (tag.kind === "label" && (tag.y - box.y > 26 || box.y < 20)) continue;
     taken.push({ ...box, wide });
     chart.append(svg("text", { class: tag.kind, x: left ? tag.x - 9 : tag.x + 9, y: box.y + 4, "text-anchor": left ? "end" : "start" }, tag.text));
   }
