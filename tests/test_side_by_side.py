@@ -73,7 +73,7 @@ def test_another_budget_reuses_the_work_folder(found: Comparison, options: Optio
         ({"--techniques": ""}, ("at least two techniques",)),
         ({"--techniques": "rtn,rtn"}, ("rtn", "twice")),
         ({"--techniques": "rtn,gptk"}, ("'gptk'", "did you mean")),
-        ({"--techniques": "rtn,pareto"}, ("pareto", "not an encoder")),
+        ({"--techniques": "rtn,pareto"}, ("pareto", "not encoder")),
         ({"--techniques": "rtn,gptq:bits=8"}, ("gptq:bits=8", "below the smallest file")),
         ({"--budget": "1bpw"}, ("rtn", "below the smallest file")),
         ({"--budget": "4"}, ("has no unit",)),

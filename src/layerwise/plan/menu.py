@@ -18,6 +18,13 @@ from layerwise.technique import Encoder, Recipe, Rewrite, canonical, find, parse
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))
 TABLE_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
 DEFAULT_TECHNIQUES = ("two_sided",)
+ELSEWHERE = {
+    "tuner": "improve a finished plan with --tune {name}",
+    "network rewrite": "rewrite the whole network first with --rewrite {name}",
+    "probe": "look at the network with layerwise probe MODEL {name}",
+    "surgeon": "name it apart from the others, as in two_sided,{name}",
+    "allocator": "it solves for the plan and encodes nothing; leave it out",
+}  # role -> how a technique that encodes nothing is used
 UNREACHED = "rtn:bits=8,group=0"  # a site the loss does not reach: small and safe, never searched
 
 
@@ -109,8 +116,10 @@ def _parts(text: str) -> tuple[list[str], str]:
     for name in names[:-1]:
         if not isinstance(parse_technique(name), Rewrite):
             raise InputError(f"{name!r} in {text!r} is not a rewrite; a recipe is rewrites and then one encoder")
-    if not issubclass(find(names[-1].partition(":")[0]), Encoder):
-        raise InputError(f"{text!r} ends in {names[-1]!r}, which is not an encoder; write {text}+rtn or {text}+gptq")
+    last = find(names[-1].partition(":")[0])
+    if not issubclass(last, Encoder):
+        where = ELSEWHERE.get(last.role, f"write {text}+rtn or {text}+gptq").format(name=last.name)
+        raise InputError(f"{text!r} ends in {last.name!r}, whose role is {last.role} and not encoder; {where}")
     return names[:-1], names[-1]
 
 
