@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--gigabytes 1 2] [--dtype float16] [--limit-gb 1.0] [--json FILE]
 
-Writes LLaMA-style checkpoints of random weights (hidden 1024, 8192 words; more gigabytes are more blocks) shard by
+Writes LLaMA-style checkpoints of random weights (hidden 512, 8192 words; more gigabytes are more blocks) shard by
 shard into a temporary folder, runs ``layerwise compress`` on each in a process of its own and prints the largest
 resident set that the kernel saw. Exits with 1 when one is above the limit, or when they differ by more than 10 %.
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--gigabytes", type=float, nargs="+", default=[1.0, 2.0], help="sizes of the checkpoints (%(default)s)"
     )
     parser.add_argument("--dtype", choices=("float16", "float32"), default="float32")
-    for name, default in (("hidden", 640), ("ff", 1728), ("heads", 10), ("vocabulary", 8192)):
+    for name, default in (("hidden", 512), ("ff", 1408), ("heads", 8), ("vocabulary", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--techniques", default="rtn:bits=3,group=64,rtn:bits=4,group=64", help="(%(default)s)")
     parser.add_argument("--budget", default="4bpw")

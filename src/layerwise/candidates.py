@@ -18,6 +18,7 @@ from layerwise.calibrate.kept import save_statistics
 from layerwise.calibrate.passes import Calibration, Fitted, Part, reverse
 from layerwise.calibrate.statistics import SiteStatistics, merged
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
+from layerwise.engine.memory import give_back
 from layerwise.engine.progress import Progress
 from layerwise.engine.workers import each
 from layerwise.errors import InputError
@@ -99,6 +100,7 @@ def find_candidates(
                 journal.record(f"{stage}/{part.unit}/statistics", None)
             journal.record(f"{stage}/{part.unit}", entry)
             del part, alternatives, alternative  # before the next block is measured
+            give_back()
             advance()
     found = read_candidates(calibration, stage)
     refuse_useless(found, chains(menu.linear))

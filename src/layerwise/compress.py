@@ -17,6 +17,7 @@ from layerwise.candidates import find_candidates
 from layerwise.disk import check_disk, keeps_statistics
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
+from layerwise.engine.memory import give_back
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
@@ -81,6 +82,7 @@ def start(options: Options, watch: Stopwatch, given: Given = Given()) -> tuple[P
         advance()
     with watch.stage("check weights", 1) as advance:
         prepared.network.checkpoint.check_finite()
+        give_back()
         advance()
     if options.plan:
         read_plan(options.plan).check_against(s.name for s in prepared.network.tree.sites)

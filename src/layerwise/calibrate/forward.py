@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.activations import Boundary
+from layerwise.engine.memory import give_back
 from layerwise.network.streaming import Batch, Streamer
 
 
@@ -58,3 +59,4 @@ def forward_block(
                 yield streamer.run_block(block, inputs.read(i).to(streamer.device), call)
 
     outputs.write(run())
+    give_back()
