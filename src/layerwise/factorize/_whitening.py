@@ -83,20 +83,15 @@ class Curvature:
 
 
 def curvatures(statistics: SiteStatistics, kind: str, damp: float, row_damp: float) -> tuple[Curvature, Curvature]:
-    """(R, C): ``inputs`` takes R = I and C = E[x x^T], ``loss`` the two sides that know the network's loss.
-
-    Rows of which only a diagonal is known count alike. For a table it says how often each entry came, and factors that
-    follow it give up the entries that calibration rarely met: measured on other text that is far worse than predicted.
-    """
+    """(R, C): ``inputs`` takes R = I and C = E[x x^T], ``loss`` the two sides that know the network's loss."""
 
     def remembered(key: str, side: Tensor, share: float) -> Curvature:
         make: Callable[[], Curvature] = lambda: Curvature.of(side, share)  # noqa: E731
         return statistics.remembered((key, share, "curvature"), side.shape[0], make)
 
-    flat = Curvature(None, torch.ones(len(statistics.rows), dtype=torch.float64))
     if kind == "loss":
-        rows = flat if statistics.rows.dim() == 1 else remembered("rows", statistics.rows, row_damp)
-        return rows, remembered("columns", statistics.columns, damp)
+        return remembered("rows", statistics.rows, row_damp), remembered("columns", statistics.columns, damp)
+    flat = Curvature(None, torch.ones(len(statistics.rows), dtype=torch.float64))
     return flat, remembered("inputs", statistics.inputs, damp)
 
 
