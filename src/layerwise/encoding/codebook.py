@@ -32,7 +32,14 @@ from torch import Tensor
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
 from layerwise.encoding.encoded import Encoded, Layout
 from layerwise.encoding.grid import FittedGrid, Grid, check_weight, group_of, group_range, row_pieces, stored_step
-from layerwise.encoding.integer import check_index, check_tensors, integer_layout, stored_shape
+from layerwise.encoding.integer import (
+    check_index,
+    check_steps,
+    check_tensors,
+    check_version,
+    integer_layout,
+    stored_shape,
+)
 from layerwise.errors import InputError
 
 _POSITIVE = {"e2m1": (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), "fp4": (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)}
@@ -89,9 +96,8 @@ class Codebook(Encoded):
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook:
         rows, columns = stored_shape(spec)
-        version, name = spec.get("layout"), spec.get("codebook")
-        if type(version) is not int or version != LAYOUT_VERSION:
-            raise InputError(f"the codes are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+        check_version(spec, "codes")
+        name = spec.get("codebook")
         if not isinstance(name, str) or name not in LEVELS:
             raise InputError(f"a codebook is one of {', '.join(LEVELS)}, not {name!r}")
         missing = [key for key in ("group", "scale_bits") if key not in spec]
@@ -100,9 +106,7 @@ class Codebook(Encoded):
         grid = scales_of(spec["group"], spec["scale_bits"])
         check_tensors(integer_layout(grid, rows, columns), tensors)
         scale, factor = tensors["_scale"], tensors.get("_scale_factor")
-        for suffix, steps in (("_scale", scale), ("_scale_factor", factor)):
-            if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
-                raise InputError(f"{suffix} of a codebook form must be positive and finite")
+        check_steps(tensors, "a codebook form")
         packed = tensors[""].view(rows, row_bytes(columns, 4))
         return cls(packed, name, FittedGrid(grid, columns, scale, factor, None))
 

@@ -79,9 +79,7 @@ class GroupedInteger(Encoded):
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupedInteger:
         rows, columns = stored_shape(spec)
-        version = spec.get("layout")
-        if type(version) is not int or version != LAYOUT_VERSION:
-            raise InputError(f"the codes are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+        check_version(spec, "codes")
         names = ("bits", "group", "symmetric", "scale_bits", "float_zero")
         missing = [name for name in names if name not in spec]
         if missing:
@@ -90,9 +88,7 @@ class GroupedInteger(Encoded):
         check_tensors(integer_layout(grid, rows, columns), tensors)
 
         scale, factor, zero = tensors["_scale"], tensors.get("_scale_factor"), tensors.get("_zero")
-        for name, steps in (("_scale", scale), ("_scale_factor", factor)):
-            if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
-                raise InputError(f"{name} of an integer form must be positive and finite")
+        check_steps(tensors, "an integer form")
         if zero is not None and not grid.float_zero:
             groups = grid.groups(columns)
             zero = unpack(zero.view(rows, row_bytes(groups, grid.bits)), groups, grid.bits)
@@ -146,6 +142,21 @@ def stored_shape(spec: Mapping[str, Any]) -> tuple[int, int]:
     ):
         raise InputError(f"the shape of a stored weight must be two positive whole numbers, not {shape!r}")
     return shape[0], shape[1]
+
+
+def check_version(spec: Mapping[str, Any], what: str) -> None:
+    """Refuse a layout of another version than ours; ``what`` is said to be in it."""
+    version = spec.get("layout")
+    if type(version) is not int or version != LAYOUT_VERSION:
+        raise InputError(f"the {what} are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+
+
+def check_steps(tensors: Mapping[str, Tensor], form: str) -> None:
+    """Refuse scales that no fitting makes."""
+    for suffix in ("_scale", "_scale_factor"):
+        steps = tensors.get(suffix)
+        if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
+            raise InputError(f"{suffix} of {form} must be positive and finite")
 
 
 def check_tensors(layout: Layout, tensors: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,14 @@ from torch import Tensor
 from layerwise.encoding.bitplanes import LAYOUT_VERSION
 from layerwise.encoding.encoded import Encoded, Layout
 from layerwise.encoding.grid import Grid
-from layerwise.encoding.integer import GroupedInteger, check_index, check_tensors, integer_layout, stored_shape
+from layerwise.encoding.integer import (
+    GroupedInteger,
+    check_index,
+    check_tensors,
+    check_version,
+    integer_layout,
+    stored_shape,
+)
 from layerwise.errors import InputError
 
 WIDEST = 2**16  # columns that sixteen bits can tell apart
@@ -76,9 +83,8 @@ class Outliers(Encoded):
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Outliers:
         rows, columns = stored_shape(spec)
-        version, count, rest = spec.get("layout"), spec.get("count"), spec.get("rest")
-        if type(version) is not int or version != LAYOUT_VERSION:
-            raise InputError(f"the outliers are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+        check_version(spec, "outliers")
+        count, rest = spec.get("count"), spec.get("rest")
         check_width(columns)
         if type(count) is not int or not 1 <= count <= columns:
             raise InputError(f"a row of {columns} columns has 1 to {columns} outliers, not {count!r}")

@@ -28,7 +28,7 @@ from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, plane_widths, row
 from layerwise.encoding.dense import DTYPES, NAMES
 from layerwise.encoding.encoded import Encoded, Layout
 from layerwise.encoding.grid import row_pieces
-from layerwise.encoding.integer import check_index, check_tensors, stored_shape
+from layerwise.encoding.integer import check_index, check_steps, check_tensors, check_version, stored_shape
 from layerwise.encoding.positions import (
     PATTERNS,
     kept_of_fours,
@@ -103,9 +103,8 @@ class Sparse(Encoded):
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Sparse:
         rows, columns = stored_shape(spec)
-        version, pattern, kept = spec.get("layout"), spec.get("pattern"), spec.get("kept")
-        if type(version) is not int or version != LAYOUT_VERSION:
-            raise InputError(f"the values are in layout {version!r}; this version reads layout {LAYOUT_VERSION}")
+        check_version(spec, "values")
+        pattern, kept = spec.get("pattern"), spec.get("kept")
         if not isinstance(pattern, str) or pattern not in PATTERNS:
             raise InputError(f"the pattern of a sparse form is one of {', '.join(PATTERNS)}, not {pattern!r}")
         if type(kept) is not int or not 0 <= kept <= rows * columns:
@@ -116,9 +115,7 @@ class Sparse(Encoded):
         fitted = None
         if isinstance(kind, SignedGrid):
             scale, factor = tensors["_scale"], tensors.get("_scale_factor")
-            for name, steps in (("_scale", scale), ("_scale_factor", factor)):
-                if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
-                    raise InputError(f"{name} of a sparse form must be positive and finite")
+            check_steps(tensors, "a sparse form")
             fitted = FittedSigned(kind, columns, scale, factor, tensors.get("_floor"))
         elif not bool(torch.isfinite(values).all()):
             raise InputError("_values of a sparse form must be finite")
