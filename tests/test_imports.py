@@ -47,7 +47,8 @@ ALLOWED: dict[str, frozenset[str]] = {
 WIDENED: dict[str, frozenset[str]] = {
     "network": frozenset({"encoding"}),  # a network opened with some of its weights in stored form
     "calibrate": frozenset({"engine"}),  # the passes write the journal and say how far they are
-    "papers": frozenset({"network"}),  # a query is encoded by a network in stored form
+    # a query is encoded by a network in stored form; a paper's evidence is shown beside it
+    "papers": frozenset({"network", "evidence"}),
     "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }

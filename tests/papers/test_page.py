@@ -87,7 +87,8 @@ def test_everything_is_escaped() -> None:
     paper = dataclasses.replace(
         one.paper, short=attack, title=attack, core=attack, claim=attack, date=attack, org=attack
     )
-    row = dataclasses.replace(one.rows[0], network=attack, metric=attack, setting=attack, baseline_recipe=attack)
+    baseline = dataclasses.replace(one.rows[0].baseline, recipe=attack)
+    row = dataclasses.replace(one.rows[0], network=attack, metric=attack, setting=attack, baseline=baseline)
     technique = dataclasses.replace(one.techniques[0], name=attack, summary=attack)
     nasty = dataclasses.replace(
         one, name=attack, paper=paper, rows=(row,), techniques=(technique,), command=attack, reason=attack

@@ -10,10 +10,13 @@ their range; smaller is better for every metric (``kl``, ``distance``).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from layerwise.errors import InputError
 
 FOLDER = Path(__file__).parent
 
@@ -77,15 +80,19 @@ def techniques_with_evidence(folder: Path = FOLDER) -> list[str]:
 
 
 def read_evidence(technique: str, folder: Path = FOLDER) -> Evidence | None:
-    """A technique's evidence; None where there is none. ``ValueError`` for a file that is not of this form."""
+    """A technique's evidence, checked key by key; None where there is none.
+
+    Raises ``InputError`` naming the file and the key that is wrong. Other keys may be present and are left alone.
+    """
     path = evidence_file(technique, folder)
     if not path.is_file():
         return None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return Evidence(value["technique"], value["paper"], tuple(map(_row, value["rows"])))
-    except (KeyError, TypeError, ValueError) as reason:
-        raise ValueError(f"{path.name} is not an evidence file: {reason}") from None
+        return _evidence(json.loads(path.read_text(encoding="utf-8")), path)
+    except InputError as reason:
+        raise InputError(f"{path.name} is not an evidence file: {reason}") from None
+    except ValueError as reason:
+        raise InputError(f"{path.name} is not an evidence file: it is not readable JSON: {reason}") from None
 
 
 def write_evidence(evidence: Evidence, folder: Path = FOLDER) -> Path:
@@ -97,5 +104,61 @@ def write_evidence(evidence: Evidence, folder: Path = FOLDER) -> Path:
     return path
 
 
-def _row(value: dict[str, Any]) -> Row:
-    return Row(**{**value, "baseline": Baseline(**value["baseline"]), "seeds": tuple(value["seeds"])})
+def _evidence(content: Any, path: Path) -> Evidence:
+    technique = _take(content, "technique", str, path.name)
+    if technique != path.stem:
+        raise InputError(f"it says it is the evidence of {technique!r}, and must say {path.stem!r}")
+    rows = _take(content, "rows", list, path.name)
+    return Evidence(
+        technique,
+        _take(content, "paper", str, path.name),
+        tuple(_row(row, f"{path.name}, row {i + 1}") for i, row in enumerate(rows)),
+    )
+
+
+def _row(row: Any, where: str) -> Row:
+    baseline = _take(row, "baseline", dict, where)
+    seeds = _take(row, "seeds", list, where)
+    if not seeds or not all(type(seed) is int for seed in seeds):
+        raise InputError(f"{where}: 'seeds' must be a list of whole numbers, not {seeds!r}")
+    versions = _take(row, "versions", dict, where)
+    if not all(isinstance(version, str) for version in versions.values()):
+        raise InputError(f"{where}: 'versions' must name each version by a text, not {versions!r}")
+    inside = f"{where}, baseline"
+    return Row(
+        network=_take(row, "network", str, where),
+        data=_take(row, "data", str, where),
+        metric=_take(row, "metric", str, where),
+        setting=_take(row, "setting", str, where),
+        bytes=_size(row, where),
+        value=_number(row, "value", where),
+        baseline=Baseline(
+            _take(baseline, "recipe", str, inside), _size(baseline, inside), _number(baseline, "value", inside)
+        ),
+        seeds=tuple(seeds),
+        spread=_number(row, "spread", where),
+        versions=versions,
+        command=_take(row, "command", str, where),
+    )
+
+
+def _take(value: Any, key: str, kind: type, where: str) -> Any:
+    found = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(found, kind) or isinstance(found, bool) or found == "":
+        wanted = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}[kind]
+        raise InputError(f"{where}: {key!r} must be {wanted}, not {found!r}")
+    return found
+
+
+def _size(value: Any, where: str) -> int:
+    found: int = _take(value, "bytes", int, where)
+    if found <= 0:
+        raise InputError(f"{where}: 'bytes' must be positive, not {found}")
+    return found
+
+
+def _number(value: Any, key: str, where: str) -> float:
+    found = value.get(key)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        raise InputError(f"{where}: {key!r} must be a finite number, not {found!r}")
+    return float(found)

@@ -104,7 +104,7 @@ def _row(row: Row) -> str:
     spread = f" ± {figure(row.spread)}" if len(row.seeds) > 1 else ""
     lines = (
         (row.setting, row.bytes, figure(row.value) + spread),
-        (row.baseline_recipe, row.baseline_bytes, figure(row.baseline_value)),
+        (row.baseline.recipe, row.baseline.bytes, figure(row.baseline.value)),
     )
     return f'<tr><th colspan="3">{escape(row.network)}, {escape(row.metric)}</th></tr>' + "".join(
         f"<tr><td>{escape(recipe)}</td><td>{escape(megabytes(size))}</td><td>{escape(value)}</td></tr>"
