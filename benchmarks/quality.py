@@ -112,7 +112,8 @@ def rows_of_seed(run: Run, seed: int, bits: Sequence[int], techniques: Sequence[
 
 def encode_widths(run: Run, technique: str, bits: Sequence[int]) -> dict[int, Baseline]:
     """What ``encode_uniform`` makes of each width, in one pass over the network instead of one a width."""
-    recipes = {width: parse_recipe(f"{technique}:bits={width},group={GROUP}") for width in bits}
+    static = ",refits=0" if technique == "two_sided" else ""  # the baseline has static grids; refits are ours
+    recipes = {width: parse_recipe(f"{technique}:bits={width},group={GROUP}{static}") for width in bits}
     linears = {width: uniform_recipes(recipe, "same")[0] for width, recipe in recipes.items()}
     tables = {width: str(parse_recipe(uniform_recipes(recipe, "same")[1])) for width, recipe in recipes.items()}
     needs_gradients = any(GRADIENT_MOMENT in recipe.needs for recipe in recipes.values())

@@ -75,6 +75,7 @@ def find_candidates(
     rewriter, asked = Rewriter(calibration), chains([*menu.linear, *only.values()])
     if asked and not finished:
         rewriter.refuse_impossible(asked)
+    draft = parts is reverse  # what a plan chooses of these is encoded again
     title = "reverse pass and encoding" if parts is not input_parts else "baseline"
     with progress.stage(title, len(calibration.units())) as advance:
         for _ in finished:
@@ -90,7 +91,7 @@ def find_candidates(
                 }
                 if alternative is not None:
                     keep_alternative(folder, part.unit, alternative, again)
-                encode_alternative(network, part, alternative, recipes, folder, workers, entry, all_kept)
+                encode_alternative(network, part, alternative, recipes, folder, workers, entry, all_kept, draft)
                 if again:
                     for name, fitted in (alternative or part).sites.items():
                         save_statistics(statistics_file(folder, name, label), merged(fitted.fit, fitted.judge))
@@ -207,6 +208,7 @@ def encode_alternative(
     workers: int,
     entry: dict[str, Any],
     all_kept: bool,
+    draft: bool,
 ) -> None:
     """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry."""
     sites = {s.name: s for s in sites_of(network, part)}
@@ -217,7 +219,7 @@ def encode_alternative(
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        return encode_candidate(name, weights[name], recipe, fit, judge)
+        return encode_candidate(name, weights[name], recipe, fit, judge, draft)
 
     wanted = all_places if all_kept else non_dominated
     found: dict[str, list[Encoding]] = {name: [] for name in sites}

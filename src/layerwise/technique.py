@@ -95,6 +95,13 @@ class Encoder(Technique):
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
         """Encode ``weight`` [rows, columns] float32. Raises ``InputError`` for a shape it refuses."""
 
+    def draft(self) -> Encoder:
+        """The setting by which a candidate is judged before it is chosen: the same layout for less work.
+
+        What a plan chooses is encoded once more, on more tokens and in full.
+        """
+        return self
+
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
         """Suffix -> (dtype, shape) of every tensor that ``encode`` will store for a weight of this shape.

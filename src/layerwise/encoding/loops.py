@@ -12,6 +12,7 @@ column; ``top`` is the largest code. ``decode = step * (code - zero)`` is formed
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -258,3 +259,66 @@ def revise_tile(
                     factor = curvature[b, k] * moved
                     for c in range(height):
                         slope[k, c] += factor * row_curvature[a, c]
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def nearest_half(value: float) -> float:
+    """The fp16 number nearest to a positive ``value``, ties to the even one; at least the smallest positive one."""
+    exponent = math.frexp(value)[1] - 1
+    quantum = math.ldexp(1.0, max(exponent, -14) - 10)
+    return min(max((value / quantum + ROUND_64) - ROUND_64, 1.0) * quantum, 65504.0)
+
+
+@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def fit_steps(
+    points: Array,
+    steps: Array,
+    group_of: Array,
+    factor: Array,
+    curvature: Array,
+    row_curvature: Array,
+    slope: Array,
+    pull: Array,
+) -> None:
+    """Fit the steps of a tile of rows to their codes, each to the others: updates ``steps``, ``slope``, ``pull``.
+
+    points [height, n] float64: code - zero; steps [height, groups] float64; factor [height]: what a stored step is a
+    whole multiple (1..255) of, or 0 where it is an fp16 number; curvature [n, n]: C; row_curvature [height, height]:
+    the tile's block of R; slope [height, n]: its rows of ``R D C``; pull [height, n]: its rows of ``D C``.
+    """
+    height, n = points.shape
+    reach = np.empty(n)
+    for a in range(height):
+        for g in range(steps.shape[1]):
+            reach[:] = 0.0  # C p
+            towards = 0.0
+            for j in range(n):
+                if group_of[j] == g:
+                    p = points[a, j]
+                    towards += slope[a, j] * p
+                    if p != 0.0:
+                        for k in range(n):
+                            reach[k] += p * curvature[j, k]
+            bend = 0.0
+            for j in range(n):
+                if group_of[j] == g:
+                    bend += reach[j] * points[a, j]
+            bend *= row_curvature[a, a]
+            if bend <= 0.0:
+                continue
+            wanted = min(max(steps[a, g] - towards / bend, 0.5 * steps[a, g]), 2.0 * steps[a, g])
+            if factor[a] > 0.0:
+                whole = (wanted / factor[a] + ROUND_64) - ROUND_64
+                wanted = factor[a] * min(max(whole, 1.0), 255.0)
+            else:
+                wanted = nearest_half(wanted)
+            moved = wanted - steps[a, g]
+            if moved * (2.0 * towards + bend * moved) >= 0.0:
+                continue
+            steps[a, g] = wanted
+            for k in range(n):
+                pull[a, k] += moved * reach[k]
+            for c in range(height):
+                share = row_curvature[a, c] * moved
+                for k in range(n):
+                    slope[c, k] += share * reach[k]

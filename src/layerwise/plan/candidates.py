@@ -28,9 +28,12 @@ class Encoding:
     seconds: float = 0.0
 
 
-def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics) -> Encoding:
+def encode_candidate(
+    site: str, weight: Tensor, recipe: str, fit: SiteStatistics, judge: SiteStatistics, draft: bool = False
+) -> Encoding:
     """Encode ``weight`` [rows, columns] on the fit statistics and judge it on the judge statistics.
 
+    draft: with the encoder's draft, for a candidate that is encoded again if it is chosen.
     Raises ``InputError`` where the encoding is not finite when decoded.
     """
     import torch
@@ -38,6 +41,8 @@ def encode_candidate(site: str, weight: Tensor, recipe: str, fit: SiteStatistics
     from layerwise.sensitivity.kronecker import damage
 
     encoder = parse_recipe(recipe).encoder
+    if draft:
+        encoder = encoder.draft()
     began = time.thread_time()
     encoded = encoder.encode(weight, fit)
     seconds = time.thread_time() - began

@@ -110,8 +110,31 @@ def round_with_feedback(
     weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None = None, *, sweeps: int = 0, block: int = BLOCK
 ) -> Tensor:
     """Codes [m, n] uint8 of ``weight`` [m, n] on a grid fitted beforehand, revised by ``sweeps``."""
-    groups = group_of(weight.shape[1], fitted.grid)[columns.order]
     codes = torch.empty(weight.shape, dtype=torch.uint8)
+    for chosen, grid in _pieces(weight, fitted, columns, rows):
+        done, change = _round(grid, columns, rows, block)
+        for _ in range(sweeps):
+            _revise(grid, columns, rows, block, done, change)
+        codes[chosen[:, None], columns.order] = done.T
+    return codes
+
+
+def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None, sweeps: int) -> Tensor:
+    """Given codes [m, n] after further sweeps on a grid that may have changed since: uint8 [m, n]."""
+    out = torch.empty_like(codes)
+    for chosen, grid in _pieces(weight, fitted, columns, rows):
+        done = codes[chosen][:, columns.order].T.contiguous()
+        part, steps, zeros, groups, _ = (torch.as_tensor(t) for t in grid)
+        change = (steps[groups] * (done.float() - zeros[groups])).double() - part.double()
+        for _ in range(sweeps):
+            _revise(grid, columns, rows, BLOCK, done, change)
+        out[chosen[:, None], columns.order] = done.T
+    return out
+
+
+def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None) -> Iterator[tuple[Tensor, Any]]:
+    """(rows, what the compiled loops need of them: weights [n, m], steps and zeros [groups, m], groups, top code)."""
+    groups = group_of(weight.shape[1], fitted.grid)[columns.order]
     if rows is not None:
         pieces = [rows.order]
     else:  # rows that do not feed each other can be rounded in pieces, which bounds the float64 memory
@@ -119,12 +142,7 @@ def round_with_feedback(
     for chosen in pieces:
         part = weight[chosen].detach().float().T[columns.order].contiguous()  # [n, m]
         steps, zeros = (t[chosen].T.contiguous() for t in (fitted.steps(), fitted.zeros()))  # [groups, m]
-        grid = (part.numpy(), steps.numpy(), zeros.numpy(), groups.numpy(), float(fitted.grid.top))
-        done, change = _round(grid, columns, rows, block)
-        for _ in range(sweeps):
-            _revise(grid, columns, rows, block, done, change)
-        codes[chosen[:, None], columns.order] = done.T
-    return codes
+        yield chosen, (part.numpy(), steps.numpy(), zeros.numpy(), groups.numpy(), float(fitted.grid.top))
 
 
 def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Tensor, Tensor]:
