@@ -4,8 +4,9 @@ Along the outputs, ``g`` consecutive rows of one column share a step and a zero:
 ``integer`` of its transpose, so that a column of large inputs spoils only its own groups. Layout version 1.
 
 Every tensor is that of the ``integer`` form of the matrix (``inputs``) or of its transpose (``outputs``), flattened to
-one dimension. With ``either`` each tensor has room for whichever direction is larger, filled up with zero bytes, so
-that the size is known before the direction is chosen; where both sides are multiples of the group nothing is filled.
+one dimension; whole zeros are packed as one run, not row by row. With ``either`` each tensor has room for whichever
+direction is larger, filled up with zero bytes, so that the size is known before the direction is chosen; where both
+sides are multiples of the group and of 8, nothing is filled.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from layerwise.encoding.bitplanes import LAYOUT_VERSION
+from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
 from layerwise.encoding.encoded import Encoded, Layout
 from layerwise.encoding.grid import Grid
 from layerwise.encoding.integer import (
@@ -47,14 +49,21 @@ class Directed(Encoded):
         first, second = self.inner.shape
         return (first, second) if self.along == "inputs" else (second, first)
 
+    @property
+    def own(self) -> Layout:
+        """What this direction needs, without the room for the other."""
+        return directed_layout(self.inner.grid, *self.shape, self.along, False)
+
     def tensors(self) -> dict[str, Tensor]:
         layout = directed_layout(self.inner.grid, *self.shape, self.along, self.either)
-        stored = {}
-        for suffix, tensor in self.inner.tensors().items():
-            flat = tensor.new_zeros(layout[suffix][1])
-            flat[: tensor.numel()] = tensor.reshape(-1)
-            stored[suffix] = flat
-        return stored
+        stored = self.inner.tensors()
+        if self.inner.fitted.zero is not None and not self.inner.grid.float_zero:
+            stored["_zero"] = pack(self.inner.fitted.zero.reshape(1, -1), self.inner.grid.bits)
+        tensors = {}
+        for suffix, (dtype, shape) in layout.items():
+            tensors[suffix] = torch.zeros(shape, dtype=dtype, device=self.inner.packed.device)
+            tensors[suffix][: stored[suffix].numel()] = stored[suffix].reshape(-1)
+        return tensors
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -87,12 +96,16 @@ class Directed(Encoded):
             raise InputError(f"the description of an integer form lacks {missing.args[0]}") from None
         check_tensors(directed_layout(grid, rows, columns, along, either), tensors)
         own = {}
-        for suffix, (_, shape) in integer_layout(grid, *sides).items():
-            size = math.prod(shape)
-            own[suffix] = tensors[suffix][:size].view(shape)
+        for suffix, (_, (size,)) in directed_layout(grid, rows, columns, along, False).items():
+            own[suffix] = tensors[suffix][:size]
             if bool(tensors[suffix][size:].any()):
                 raise InputError(f"{suffix or 'the main tensor'} of a directed form goes on behind its end")
-        return cls(GroupedInteger.restore(inner, own), along, either)
+        wanted = integer_layout(grid, *sides)
+        if "_zero" in own and not grid.float_zero:
+            groups = grid.groups(sides[1])
+            zero = unpack(own["_zero"][None], sides[0] * groups, grid.bits)
+            own["_zero"] = pack(zero.view(sides[0], groups), grid.bits)
+        return cls(GroupedInteger.restore(inner, {s: t.reshape(wanted[s][1]) for s, t in own.items()}), along, either)
 
     def decode_rows(self, start: int, stop: int) -> Tensor:
         if self.along == "inputs":
@@ -118,9 +131,17 @@ class Directed(Encoded):
 
 def directed_layout(grid: Grid, rows: int, columns: int, along: str, either: bool) -> Layout:
     """Suffix -> (dtype, shape) of every tensor of a directed form of this shape."""
-    both = {"inputs": integer_layout(grid, rows, columns), "outputs": integer_layout(grid, columns, rows)}
+    sizes = {"inputs": _flat(grid, rows, columns), "outputs": _flat(grid, columns, rows)}
     layout: Layout = {}
-    for suffix, (dtype, shape) in both[along].items():
-        sizes = [math.prod(made[suffix][1]) for made in both.values()]
-        layout[suffix] = (dtype, (max(sizes) if either else math.prod(shape),))
+    for suffix, (dtype, _) in integer_layout(grid, rows, columns).items():
+        needed = [made[suffix] for made in sizes.values()] if either else [sizes[along][suffix]]
+        layout[suffix] = (dtype, (max(needed),))
     return layout
+
+
+def _flat(grid: Grid, rows: int, columns: int) -> dict[str, int]:
+    """Suffix -> length of every tensor of one direction."""
+    sizes = {suffix: math.prod(shape) for suffix, (_, shape) in integer_layout(grid, rows, columns).items()}
+    if "_zero" in sizes and not grid.float_zero:
+        sizes["_zero"] = row_bytes(rows * grid.groups(columns), grid.bits)
+    return sizes

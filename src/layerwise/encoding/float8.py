@@ -4,11 +4,14 @@ E4M3 has a sign, four bits of exponent (bias 7) and three of mantissa: from 2^-9
 127 is not a number. A step is one of its 126 positive numbers, codes 1 to 126, so steps of a matrix span 17 octaves at
 a relative distance of at most 1/8. Small weights would fall off the lower end, hence the power
 
-    step = e4m3(code) * 2^-i,      i = argmin over 0..14 of  sum over groups of max(2^-9 - 2^i t_g, 0)
+    step = e4m3(code) * 2^-i,      i = argmin over 0..14 of  sum over groups of max(2^-6 - 2^i t_g, 0)
 
 with ``t_g`` the step that group g wants: the smallest i of equals, and none with ``2^i t_g middle > 448``, for a kernel
-that turns ``code * step`` itself into E4M3. That is the underflow guard of FireQ (arXiv 2505.20839). Ours: where even
-i = 0 is too large, i goes below zero, down to -15, so that any weight that fp16 steps could hold is held.
+that turns ``code * step`` itself into E4M3. That is the underflow guard of FireQ (arXiv 2505.20839) but for the floor:
+theirs is 2^-9, the smallest number at all, ours 2^-6, below which numbers have fewer than three bits of mantissa
+(measured on normal weights of 0.02, steps rounded up: 27 % more squared error than with exact steps with their floor,
+less than 20 % with ours). Ours, too: where even i = 0 is too large, i goes below zero, down to -15, so that what fp16
+steps could hold is held.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 LARGEST = 448.0
-SMALLEST = 2.0**-9
+SMALLEST_NORMAL = 2.0**-6  # below it, down to 2^-9, numbers lose bits
 TOP_CODE = 126
 POWERS = (*range(15), *range(-1, -16, -1))  # in the order of preference
 
@@ -57,7 +60,7 @@ def guarded_power(wanted: Tensor, middle: int) -> Tensor:
             break
         if largest * 2.0**power * middle > LARGEST:
             continue
-        score = float((SMALLEST - steps * 2.0**power).clamp(min=0).sum())
+        score = float((SMALLEST_NORMAL - steps * 2.0**power).clamp(min=0).sum())
         if score < least:
             best, least = power, score
     return torch.tensor([2.0**-best]).half()

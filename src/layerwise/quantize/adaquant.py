@@ -12,8 +12,12 @@ arXiv 2006.10518, part A, and its public code. Theirs learns on the layer's inpu
 inputs and the bias as well; on squared error the second moment says the same about the weights, inputs here stay in
 their own type, and without their error a bias has nothing to correct but the mean of D x, which H holds too. Choices of
 ours: rates are relative to the step (theirs, 1e-5 for weights, are for 8 bits): ``rate`` of a step per iteration for V,
-a tenth of that for log s, the same as V for z, falling linearly to zero; H is damped like GPTQ's, as the only guard
-against fitting it too closely, since the statistics of one split are all that an encoder sees.
+a tenth of that for log s, a twentieth for z, all falling a hundredfold over the run; H is damped like GPTQ's, as the
+only guard against fitting it too closely, since the statistics of one split are all that an encoder sees.
+
+Measured on the seven linears of a block of a small language model, groups of 64: the held-out error is 0.76, 0.75 and
+0.67 of rounding to nearest's at 4, 3 and 2 bits, where GPTQ's is 0.57, 0.58 and 0.61: on correlated inputs many
+straight-through steps at once overshoot, which rounding one column after another does not.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ if TYPE_CHECKING:
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.encoding.grid import FittedGrid, Grid
 
-RANGE_SHARE = 0.1  # of the rate: how much slower log s moves than V does in steps
+RANGE_SHARE, ZERO_SHARE = 0.1, 0.05  # of the rate of V in steps: those of log s and of z
+FALL = 0.01  # of every rate over the run
 MOMENTS = (0.9, 0.999)  # Adam's
 
 
@@ -48,7 +53,7 @@ class Adaquant(Encoder):
     scale_bits: int = option(16, choices=(8, 16), help="bits of a stored scale")
     clip: bool = option(True, help="search each group's range before learning")
     iterations: int = option(100, minimum=0, maximum=10000, help="steps of Adam; 0 rounds to nearest")
-    rate: float = option(0.02, minimum=1e-6, maximum=1, help="steps of the grid that a weight moves per iteration")
+    rate: float = option(0.01, minimum=1e-6, maximum=1, help="steps of the grid that a weight moves per iteration")
     weights: bool = option(True, help="learn the weights, not only the grid")
     damp: float = option(0.01, minimum=0, maximum=10, help="share of mean(diag H) added to the diagonal")
 
@@ -85,7 +90,7 @@ class Adaquant(Encoder):
         unit = spread(start, fitted)  # of V: [m, n]
         state = [torch.zeros_like(weight), torch.zeros_like(start), zeros.clone()]
         momentum = [(torch.zeros_like(t), torch.zeros_like(t)) for t in state]
-        rates = (self.rate if self.weights else 0.0, self.rate * RANGE_SHARE, self.rate)
+        rates = (self.rate if self.weights else 0.0, self.rate * RANGE_SHARE, self.rate * ZERO_SHARE)
         for step in range(self.iterations + 1):
             offset, stretch, zero = state
             scale, stored = storable(start * stretch.exp(), fitted)
@@ -102,15 +107,9 @@ class Adaquant(Encoder):
                 best = code.to(torch.uint8), with_grid(fitted, scale, whole)
             if step == self.iterations:
                 break
-            inside = shifted == code
-            slope = pull / unit  # half the derivative by W', in units that Adam divides out again
-            own = torch.where(inside, slope * unit, 0.0)
-            by_step = gathered(slope * (centred - torch.where(inside, level, 0.0)) * spread(stored, fitted), fitted)
-            by_zero = gathered(torch.where(inside, 0.0, -slope * spread(stored, fitted)), fitted)
-            if fitted.grid.symmetric:
-                by_zero.zero_()
-            remaining = 1 - step / self.iterations
-            for value, gradient, moved, rate in zip(state, (own, by_step, by_zero), momentum, rates, strict=True):
+            slopes = gradients(pull / unit, shifted == code, level, centred, spread(stored, fitted), fitted)
+            remaining = FALL ** (step / self.iterations)
+            for value, gradient, moved, rate in zip(state, slopes, momentum, rates, strict=True):
                 adam(value, gradient, moved, rate * remaining, step + 1)
         return best
 
@@ -136,6 +135,22 @@ def objective(change: Tensor, curvature: Tensor) -> float:
     """``tr(D H D^T)``."""
     pull = change * curvature if curvature.dim() == 1 else change @ curvature
     return float((pull.double() * change.double()).sum())
+
+
+def gradients(
+    pull: Tensor, inside: Tensor, level: Tensor, centred: Tensor, steps: Tensor, fitted: FittedGrid
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a slope ``pull`` [m, n] by W' means for the weights [m, n], for log s and for z [m, groups].
+
+    ``W' = s (q - z)`` with ``q = W / s + z`` inside the grid (the gradient of rounding being 1), and fixed outside:
+    centred = q - z and level = W / s [m, n], ``inside`` where q is not clipped. A symmetric grid has its z fixed.
+    """
+    import torch
+
+    by_weight = torch.where(inside, pull, 0.0)
+    by_step = gathered(pull * steps * (centred - torch.where(inside, level, 0.0)), fitted)
+    by_zero = gathered(torch.where(inside, 0.0, -pull * steps), fitted)
+    return by_weight, by_step, by_zero.zero_() if fitted.grid.symmetric else by_zero
 
 
 def adam(value: Tensor, gradient: Tensor, moved: tuple[Tensor, Tensor], rate: float, step: int) -> None:

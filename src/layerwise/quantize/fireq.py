@@ -3,7 +3,7 @@
     w' = 2^-i e4m3(c) (q - 8),   q in 0..15,   c = E4M3 of  2^i max(max / 7, -min / 8)  of a group of g columns
 
 A kernel turns the 16 values ``e4m3(c) (q - 8)`` of a group into an 8-bit float table and multiplies in 8 bits. Weights
-of trained networks are small, and steps below 2^-9 fall off E4M3's lower end; the matrix is therefore taken times the
+of trained networks are small, and steps fall off E4M3's lower end (2^-9); the matrix is therefore taken times the
 power of two at which the groups fall off least (``encoding.float8`` has the rule), which the product's scale gives
 back. bits per weight = 4 + 8 / g, half of what fp16 steps add.
 
