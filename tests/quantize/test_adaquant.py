@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_chain_rule(weight: Tensor, moments: Any, sit
     pull = torch.randn(40, 72, generator=torch.Generator().manual_seed(0))
     ((code - zero) * steps * pull).sum().backward()
     inside = (shifted == code).detach()
-    assert 0 < int((~inside).sum())
+    assert int((~inside).sum()) > 0
     ours = gradients(pull, inside, level, (code - zero).detach(), steps.detach(), fitted)
     for mine, theirs in zip(ours, (moved.grad, log.grad, zeros.grad), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
