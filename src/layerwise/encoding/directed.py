@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
+from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack, unpack_columns
 from layerwise.encoding.encoded import Encoded, Layout
 from layerwise.encoding.grid import Grid
 from layerwise.encoding.integer import (
@@ -110,11 +110,18 @@ class Directed(Encoded):
     def decode_rows(self, start: int, stop: int) -> Tensor:
         if self.along == "inputs":
             return self.inner.decode_rows(start, stop)
-        return self.decode()[start:stop]
+        return self._columns(torch.arange(self.shape[0], device=self.inner.packed.device)[start:stop])
 
     def take_rows(self, index: Tensor) -> Tensor:
         check_index(index, self.shape[0])
-        return self.inner.take_rows(index) if self.along == "inputs" else self.decode()[index]
+        return self.inner.take_rows(index) if self.along == "inputs" else self._columns(index)
+
+    def _columns(self, index: Tensor) -> Tensor:
+        """These columns of the transpose as rows."""
+        fitted = self.inner.fitted
+        codes = unpack_columns(self.inner.packed, index, fitted.grid.bits, fitted.columns)
+        group = index // fitted.grid.width(fitted.columns)
+        return ((codes.float() - fitted.zeros()[:, group]) * fitted.steps()[:, group]).T.contiguous()
 
     def decode(self) -> Tensor:
         return self.inner.decode() if self.along == "inputs" else self.inner.decode().T.contiguous()
