@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layerwise.encoding.bitplanes import pack, plane_widths, row_bytes, unpack
+from layerwise.encoding.bitplanes import pack, plane_widths, row_bytes, unpack, unpack_columns
 
 
 def random_codes(rows: int, columns: int, bits: int, seed: int = 0) -> torch.Tensor:
@@ -55,3 +55,10 @@ def test_a_row_ends_on_a_whole_byte_per_plane() -> None:
 def test_impossible_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="1 to 8 bits"):
         plane_widths(9)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_columns_can_be_unpacked_alone(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, 45), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    index = torch.tensor([44, 0, 7, 8, 7])
+    assert torch.equal(unpack_columns(pack(codes, bits), index, bits, 45), codes[:, index])

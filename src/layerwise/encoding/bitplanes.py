@@ -65,3 +65,16 @@ def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
         first_byte += size
         shift += width
     return codes
+
+
+def unpack_columns(packed: Tensor, index: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes of some of the ``columns``, in the order of ``index`` int64: uint8 [rows, len(index)]."""
+    codes = torch.zeros(packed.shape[0], len(index), dtype=torch.uint8, device=packed.device)
+    first_byte = shift = 0
+    for width in plane_widths(bits):
+        per_byte = 8 // width
+        place = (index % per_byte * width).to(torch.uint8)
+        codes |= (packed[:, first_byte + index // per_byte] >> place & (2**width - 1)) << shift
+        first_byte += -(-columns // per_byte)
+        shift += width
+    return codes

@@ -9,16 +9,18 @@ from torch import Tensor
 
 from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
+from layerwise.encoding.directed import Directed
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
+from layerwise.encoding.mixed import Mixed
 from layerwise.encoding.outliers import Outliers
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError, nearest
 
 FORMS: dict[str, type[Encoded]] = {
-    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers)
+    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers, Directed, Mixed)
 }
 
 

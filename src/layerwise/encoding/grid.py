@@ -19,19 +19,21 @@ step cuts one side off.
 
 **A step is rounded to its stored type before any code is computed**, upwards, so that rounding it never cuts a weight
 off and ``|w - w'| <= s/2`` holds for every weight of an unclipped grid. Stored types: fp16, or (``scale_bits = 8``) a
-whole number 1..255 times an fp16 factor of the row. Steps below fp16's smallest number are raised to it (such a group
+whole number 1..255 times an fp16 factor of the row, or with ``float_scale`` an 8-bit float times a power of two of the
+matrix (see ``float8``). Steps below fp16's smallest number are raised to it (such a group
 rounds to zeros and a few small values); steps above fp16's largest are refused. A group of zeros has s = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.encoding.float8 import float8_above, float8_values, guarded_power
 from layerwise.errors import InputError
 
 SHRINKS = tuple(1.0 - 0.02 * k for k in range(32))  # factors of the clip search: 1.00, 0.98, .. 0.38
@@ -49,6 +51,7 @@ class Grid:
     symmetric: bool = False
     scale_bits: int = 16
     float_zero: bool = False
+    float_scale: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
@@ -59,6 +62,8 @@ class Grid:
             raise InputError("symmetric and float_zero of a grid are true or false")
         if isinstance(self.scale_bits, bool) or self.scale_bits not in (8, 16):
             raise InputError(f"scales are stored in 8 or 16 bits, not {self.scale_bits!r}")
+        if not isinstance(self.float_scale, bool) or (self.float_scale and self.scale_bits != 8):
+            raise InputError("float_scale of a grid is true or false, and true only with 8-bit scales")
         if self.symmetric and self.float_zero:
             raise InputError("a symmetric grid has no zero to store: choose symmetric or float_zero, not both")
 
@@ -86,7 +91,7 @@ class FittedGrid:
     """A grid with the steps and zeros of every group of one matrix, in their stored types.
 
     scale   [rows, groups] fp16, or uint8 when ``grid.scale_bits`` is 8.
-    factor  [rows] fp16 with 8-bit scales, else None.
+    factor  [rows] fp16 with 8-bit scales, [1] with ``float_scale``, else None.
     zero    [rows, groups] uint8 codes, fp16 with a float zero, None when symmetric.
     """
 
@@ -98,7 +103,7 @@ class FittedGrid:
 
     def steps(self) -> Tensor:
         """s of every group, float32 [rows, groups]."""
-        scale = self.scale.float()
+        scale = float8_values(self.scale) if self.grid.float_scale else self.scale.float()
         return scale if self.factor is None else scale * self.factor.float()[:, None]
 
     def zeros(self) -> Tensor:
@@ -109,7 +114,7 @@ class FittedGrid:
 
     def select(self, rows: slice | Tensor) -> FittedGrid:
         """The same grid of some rows."""
-        factor = None if self.factor is None else self.factor[rows]
+        factor = self.factor if self.factor is None or self.grid.float_scale else self.factor[rows]
         zero = None if self.zero is None else self.zero[rows]
         return FittedGrid(self.grid, self.columns, self.scale[rows], factor, zero)
 
@@ -134,21 +139,32 @@ def check_weight(weight: Tensor) -> None:
         raise InputError("the weight holds values that are not finite (NaN or infinity)")
 
 
-def fit_grid(weight: Tensor, grid: Grid, *, clip: bool = False, importance: Tensor | None = None) -> FittedGrid:
+def fit_grid(
+    weight: Tensor,
+    grid: Grid,
+    *,
+    clip: bool = False,
+    importance: Tensor | None = None,
+    power: Tensor | None = None,
+) -> FittedGrid:
     """Steps and zeros for ``weight`` [rows, columns] float32.
 
     With ``clip`` the range of each group shrinks by the factor of ``SHRINKS`` whose rounding leaves the least
     ``sum_j importance_j (w_j - w'_j)^2`` (``importance`` [columns], ones if None): at few bits a finer step is worth
-    more than the few largest weights. Raises ``InputError`` for a weight that is not finite or too large for fp16.
+    more than the few largest weights. ``power`` [1] overrules the power of two of a grid with ``float_scale``.
+    Raises ``InputError`` for a weight that is not finite or too large for fp16.
     """
     check_weight(weight)
     if clip and grid.float_zero:
         raise ValueError("the clip search knows whole zeros only; a float zero is fitted by its technique")
     if importance is not None:
         importance = _relative(importance, weight.shape[1])
-    parts = [_fit_rows(weight[rows].float(), grid, clip, importance) for rows in row_pieces(*weight.shape)]
+    if grid.float_scale and power is None:
+        power = _power(weight, grid)
+    parts = [_fit_rows(weight[rows].float(), grid, clip, importance, power) for rows in row_pieces(*weight.shape)]
     scale, factor, zero = (_joined(column) for column in zip(*parts, strict=True))
     assert scale is not None
+    factor = power if grid.float_scale else factor
     return FittedGrid(grid, weight.shape[1], scale, factor, zero)
 
 
@@ -193,6 +209,19 @@ def group_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     return low.clamp(max=0), high.clamp(min=0)
 
 
+def scaled_ranges(
+    low: Tensor, high: Tensor, factors: Sequence[float], grid: Grid, power: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """The grids of the ranges ``low .. high`` [rows, groups] times each of some factors, as they would be stored.
+
+    Returns (stored scales, stored factor of the row, steps, zeros); all but the factor [rows, groups, factors].
+    """
+    shrinks = torch.tensor(factors)
+    wanted = _wanted_step(low, high, grid)[..., None] * shrinks
+    scale, factor, step = stored_step(wanted, (high - low == 0)[..., None], grid, power)
+    return scale, factor, step, _zero(low[..., None] * shrinks, step, grid)
+
+
 # ---------------------------------------------------------------- private
 
 
@@ -208,14 +237,11 @@ def _relative(importance: Tensor, columns: int) -> Tensor:
 
 
 def _fit_rows(
-    weight: Tensor, grid: Grid, clip: bool, importance: Tensor | None
+    weight: Tensor, grid: Grid, clip: bool, importance: Tensor | None, power: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Stored (scale, factor, zero) of some rows."""
     low, high = group_range(weight, grid)
-    shrinks = torch.tensor(SHRINKS if clip else SHRINKS[:1])
-    wanted = _wanted_step(low, high, grid)[..., None] * shrinks  # [rows, groups, candidates]
-    scale, factor, step = stored_step(wanted, (high - low == 0)[..., None], grid)
-    zero = _zero(low[..., None] * shrinks, step, grid)
+    scale, factor, step, zero = scaled_ranges(low, high, SHRINKS if clip else SHRINKS[:1], grid, power)
     if not clip:
         best = torch.zeros(low.shape, dtype=torch.int64)
     else:
@@ -226,14 +252,25 @@ def _fit_rows(
     return scale, factor, zero.half() if grid.float_zero else zero.to(torch.uint8)
 
 
+def _power(weight: Tensor, grid: Grid) -> Tensor:
+    """The power of two of a whole matrix: fp16 [1]."""
+    ranges = [group_range(weight[rows].float(), grid) for rows in row_pieces(*weight.shape)]
+    return guarded_power(torch.cat([_wanted_step(low, high, grid) for low, high in ranges]), grid.middle)
+
+
 def _wanted_step(low: Tensor, high: Tensor, grid: Grid) -> Tensor:
     if grid.symmetric:
         return torch.maximum(high / (grid.middle - 1), -low / grid.middle)
     return high / grid.top - low / grid.top  # each divided first: the difference of the largest floats overflows
 
 
-def stored_step(wanted: Tensor, empty: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Steps [rows, groups, candidates] -> (stored scales, stored factor of the row, the steps they stand for)."""
+def stored_step(
+    wanted: Tensor, empty: Tensor, grid: Grid, power: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Steps [rows, groups, candidates] -> (stored scales, stored factor of the row, the steps they stand for).
+
+    power: that of the whole matrix with ``float_scale``, found from these steps if None.
+    """
     largest = float(wanted.max())
     if largest > LARGEST_STEP * (255 if grid.scale_bits == 8 else 1):
         raise InputError(
@@ -243,6 +280,10 @@ def stored_step(wanted: Tensor, empty: Tensor, grid: Grid) -> tuple[Tensor, Tens
     if grid.scale_bits == 16:
         scale = _half_above(wanted.masked_fill(empty, 1.0))
         return scale, None, scale.float()
+    if grid.float_scale:
+        power = guarded_power(wanted, grid.middle) if power is None else power
+        scale = float8_above(wanted.masked_fill(empty, 0.0) / power.float())
+        return scale, power, float8_values(scale) * power.float()
     most = wanted.amax((1, 2)) / 255
     factor = _half_above(torch.where(most > 0, most, torch.ones_like(most)))
     ratio = wanted / factor.float()[:, None, None]

@@ -5,7 +5,9 @@ stored tensor      type and shape                             holds
 =================  =========================================  =================================================
 ``""``             uint8 [rows * row_bytes(columns, bits)]    packed codes, see ``bitplanes``
 ``_scale``         fp16 or uint8 [rows, groups]               steps, or their codes 1..255
-``_scale_factor``  fp16 [rows]                                only with 8-bit scales: step = code * factor
+``_scale_factor``  fp16 [rows]                                only with 8-bit scales: step = code * factor; with
+                                                              ``float_scale`` fp16 [1], a power of two: step =
+                                                              e4m3(code) * factor, codes 1..126
 ``_zero``          uint8 [rows * row_bytes(groups, bits)]     packed zero codes; fp16 [rows, groups] with a float
                                                               zero; absent when symmetric
 =================  =========================================  =================================================
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
 from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.float8 import TOP_CODE
 from layerwise.encoding.grid import FittedGrid, Grid, points
 from layerwise.errors import InputError
 
@@ -74,6 +77,7 @@ class GroupedInteger(Encoded):
             "symmetric": self.grid.symmetric,
             "scale_bits": self.grid.scale_bits,
             "float_zero": self.grid.float_zero,
+            **({"float_scale": True} if self.grid.float_scale else {}),
         }
 
     @classmethod
@@ -84,11 +88,13 @@ class GroupedInteger(Encoded):
         missing = [name for name in names if name not in spec]
         if missing:
             raise InputError(f"the description of an integer form lacks {', '.join(missing)}")
-        grid = Grid(**{name: spec[name] for name in names})
+        grid = Grid(**{name: spec[name] for name in names}, float_scale=spec.get("float_scale", False))
         check_tensors(integer_layout(grid, rows, columns), tensors)
 
         scale, factor, zero = tensors["_scale"], tensors.get("_scale_factor"), tensors.get("_zero")
         check_steps(tensors, "an integer form")
+        if factor is not None and grid.float_scale:
+            check_float8(scale, factor)
         if zero is not None and not grid.float_zero:
             groups = grid.groups(columns)
             zero = unpack(zero.view(rows, row_bytes(groups, grid.bits)), groups, grid.bits)
@@ -124,7 +130,7 @@ def integer_layout(grid: Grid, rows: int, columns: int) -> Layout:
         "_scale": (torch.uint8 if small else torch.float16, (rows, groups)),
     }
     if small:
-        layout["_scale_factor"] = (torch.float16, (rows,))
+        layout["_scale_factor"] = (torch.float16, (1 if grid.float_scale else rows,))
     if grid.float_zero:
         layout["_zero"] = (torch.float16, (rows, groups))
     elif not grid.symmetric:
@@ -157,6 +163,14 @@ def check_steps(tensors: Mapping[str, Tensor], form: str) -> None:
         steps = tensors.get(suffix)
         if steps is not None and not bool((torch.isfinite(steps) & (steps > 0)).all()):
             raise InputError(f"{suffix} of {form} must be positive and finite")
+
+
+def check_float8(scale: Tensor, power: Tensor) -> None:
+    """Refuse 8-bit floats that are no positive number, and a factor that is no power of two."""
+    if bool((scale > TOP_CODE).any()):
+        raise InputError(f"_scale of an integer form with float_scale holds codes 1 to {TOP_CODE}")
+    if not bool((torch.frexp(power.float()).mantissa == 0.5).all()):
+        raise InputError("_scale_factor of an integer form with float_scale must be a power of two")
 
 
 def check_tensors(layout: Layout, tensors: Mapping[str, Tensor]) -> None:

@@ -79,8 +79,10 @@ class Side:
         return torch.empty(len(self.order)).index_copy_(0, self.order, self.pivots.float())
 
 
-def factor(side: Tensor, damp: float, *, largest_first: bool = False, reverse: bool = False) -> Side | None:
-    """``side + damp * mean(diag) I`` factored; its rows taken last to first, or as the flags say.
+def factor(
+    side: Tensor, damp: float, *, largest_first: bool = False, reverse: bool = False, order: Tensor | None = None
+) -> Side | None:
+    """``side + damp * mean(diag) I`` factored; its rows taken last to first, or in an ``order``, or as the flags say.
 
     None where there is nothing to feed back: a side stored as its diagonal, or one without any curvature. Damping
     rises tenfold until the factorisation succeeds, as it must for a singular side when ``damp`` is 0.
@@ -89,7 +91,8 @@ def factor(side: Tensor, damp: float, *, largest_first: bool = False, reverse: b
     mean = float(squares.double().clamp(min=0).mean())
     if side.dim() == 1 or not mean > 0:
         return None
-    order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
+    if order is None:
+        order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
     if reverse:
         order = order.flip(0)
     matrix = side[order][:, order].double() / mean
