@@ -145,7 +145,7 @@ def fit_grid(weight: Tensor, grid: Grid, *, clip: bool = False, importance: Tens
     if clip and grid.float_zero:
         raise ValueError("the clip search knows whole zeros only; a float zero is fitted by its technique")
     if importance is not None:
-        importance = _relative(importance, weight.shape[1])
+        importance = relative_importance(importance, weight.shape[1])
     parts = [_fit_rows(weight[rows].float(), grid, clip, importance) for rows in row_pieces(*weight.shape)]
     scale, factor, zero = (_joined(column) for column in zip(*parts, strict=True))
     assert scale is not None
@@ -196,7 +196,7 @@ def group_range(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- private
 
 
-def _relative(importance: Tensor, columns: int) -> Tensor:
+def relative_importance(importance: Tensor, columns: int) -> Tensor:
     """Importance over its mean; ones where nothing is known. Zero would leave a group's range to chance."""
     if importance.shape != (columns,) or not bool(torch.isfinite(importance).all()):
         raise InputError(f"the importance of {columns} columns must be as many finite numbers")

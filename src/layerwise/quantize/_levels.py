@@ -1,0 +1,144 @@
+"""Rounding to levels that lie on no even grid, to the nearest or with error feedback.
+
+What ``_rounding`` does for even grids, for any ascending levels per row and group: the same objective
+``tr(R D C D^T)``, the same order (largest curvature first, last column and row first), the same sweeps; only the
+choice of a code is another, the nearest of a few numbers. Two levels are binary, three ternary, nine two trit planes.
+Techniques whose papers round to nearest take the feedback as an option: it is ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.encoding.grid import row_pieces
+from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
+
+DAMP = 0.01  # share of mean(diag C) added to C, as in TWO-SIDED
+ROW_DAMP = 0.5  # share of mean(diag R) added to R
+SWEEPS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """The factored curvatures of a site; ``columns`` is None where there is nothing to feed back."""
+
+    columns: Side | None
+    rows: Side | None
+
+    @staticmethod
+    def of(weight: Tensor, statistics: SiteStatistics, wanted: bool) -> Feedback:
+        """Factors of both sides, shared by all candidates of the site; neither if not ``wanted``."""
+        check_statistics(weight, statistics)
+        if not wanted:
+            return Feedback(None, None)
+        m, n = weight.shape
+        columns = statistics.remembered(
+            ("columns", DAMP, True), n, lambda: factor(statistics.columns, DAMP, largest_first=True)
+        )
+        if columns is None:
+            return Feedback(None, None)
+        rows = statistics.remembered(
+            ("rows", ROW_DAMP, True), m, lambda: factor(statistics.rows, ROW_DAMP, largest_first=True)
+        )
+        return Feedback(columns, rows)
+
+    def importance(self, statistics: SiteStatistics) -> Tensor:
+        """What an error of each column costs [n]: its own share under feedback, else the inputs' mean squares."""
+        return diagonal(statistics.inputs) if self.columns is None else self.columns.importance()
+
+
+def place(weight: Tensor, levels: Tensor, groups: Tensor, feedback: Feedback, sweeps: int = SWEEPS) -> Tensor:
+    """Places among the levels: uint8 [m, n].
+
+    weight [m, n]; levels [m, G, L] float32 ascending, places that do not exist being +infinity; groups int64 [n], the
+    row of ``levels`` that each column uses.
+    """
+    from layerwise.encoding.level_loops import nearest_places
+
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    if feedback.columns is None:
+        for rows in row_pieces(*weight.shape):
+            values = weight[rows].detach().float().contiguous().numpy()
+            nearest_places(values, levels[rows].contiguous().numpy(), groups.numpy(), codes[rows].numpy())
+        return codes
+    order, columns, rows_side = feedback.columns.order, feedback.columns, feedback.rows
+    pieces = [torch.arange(p.start, p.stop) for p in row_pieces(*weight.shape)]
+    if rows_side is not None:
+        pieces = [rows_side.order]
+    for chosen in pieces:
+        part = weight[chosen].detach().float().T[order].contiguous()  # [n, m]
+        table = levels[chosen].transpose(0, 1).contiguous()  # [G, m, L]
+        grid = (part.numpy(), table.numpy(), groups[order].numpy())
+        done, change = _place(grid, columns, rows_side)
+        for _ in range(sweeps):
+            _move(grid, columns, rows_side, done, change)
+        codes[chosen[:, None], order] = done.T
+    return codes
+
+
+def rescaled(feedback: Feedback, factors: Tensor) -> Feedback:
+    """The same site seen through columns divided by ``factors`` [n]: ``C_jk f_j f_k``, factored again."""
+    if feedback.columns is None:
+        return feedback
+    side = feedback.columns
+    f = factors[side.order].double()
+    matrix = side.matrix * f[:, None] * f
+    upper = side.upper * f  # f scales whole columns of U; dividing each row by its own makes it unit again
+    root = upper.diagonal().clone()
+    columns = Side(side.order, matrix, (upper / root[:, None]).contiguous(), side.pivots * root**2)
+    return Feedback(columns, feedback.rows)
+
+
+# ---------------------------------------------------------------- private
+
+
+def _place(grid: Any, columns: Side, rows: Side | None) -> tuple[Tensor, Tensor]:
+    """Codes and D = W' - W after one pass, both transposed [n, m]."""
+    from layerwise.encoding.level_loops import place_tile
+
+    n, m = grid[0].shape
+    codes, change = torch.empty((n, m), dtype=torch.uint8), torch.empty((n, m), dtype=torch.float64)
+    nothing = np.empty((0, 0))
+    for first, last in _blocks(n):
+        carried = columns.upper[first:last, last:] @ change[last:]  # [width, m]
+        own = columns.lower[first:last, first:last].contiguous().numpy()
+        absorbed = torch.empty_like(carried)
+        for top, bottom in _blocks(m):
+            tile = (own, first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
+            if rows is None:
+                place_tile(*grid, *tile, False, nothing, nothing, nothing)
+            else:
+                below = (absorbed[:, bottom:] @ rows.upper[top:bottom, bottom:].T).contiguous()
+                lower = rows.lower[top:bottom, top:bottom].contiguous().numpy()
+                place_tile(*grid, *tile, True, lower, below.numpy(), absorbed.numpy())
+    return codes, change
+
+
+def _move(grid: Any, columns: Side, rows: Side | None, codes: Tensor, change: Tensor) -> None:
+    """One sweep over all entries; ``codes`` and ``change`` [n, m] are updated in place."""
+    from layerwise.encoding.level_loops import move_tile
+
+    n, m = change.shape
+    nothing = np.empty((0, 0))
+    for first, last in _blocks(n):
+        pull = columns.matrix[first:last] @ change  # [width, m]
+        own = columns.matrix[first:last, first:last].contiguous().numpy()
+        for top, bottom in _blocks(m):
+            tile = (own, first, top, bottom - top, pull.numpy(), codes.numpy(), change.numpy())
+            if rows is None:
+                move_tile(*grid, *tile, False, nothing, nothing)
+            else:
+                slope = (pull @ rows.matrix[top:bottom].T).contiguous()  # [width, height]
+                matrix = rows.matrix[top:bottom, top:bottom].contiguous().numpy()
+                move_tile(*grid, *tile, True, matrix, slope.numpy())
+
+
+def _blocks(size: int) -> list[tuple[int, int]]:
+    """Bounds of each block of a side, the last block first; blocks are cut from the start."""
+    return [(first, min(first + BLOCK, size)) for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK)]
