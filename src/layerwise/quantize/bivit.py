@@ -31,7 +31,7 @@ ROUNDS = 10  # alternations of scales and signs
 @technique(
     paper="BiViT",
     needs={GRADIENT_MOMENT},
-    menu=("group=0,fit=true,feedback=true", "group=32,fit=true,feedback=true,scale_bits=8"),
+    menu=("group=0", "group=0,feedback=true"),
 )
 class Bivit(Encoder):
     """One bit a weight, around the row's mean."""

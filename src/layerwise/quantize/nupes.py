@@ -37,7 +37,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # largest level over l
 @technique(
     paper="NUPES",
     needs={GRADIENT_MOMENT},
-    menu=("bits=4,group=64,scale_bits=8,feedback=true", "bits=3,group=64,scale_bits=8,feedback=true"),
+    menu=("bits=4,group=128", "bits=3,group=128", "bits=3,group=64,scale_bits=8,feedback=true"),
 )
 class Nupes(Encoder):
     """Integers on a power scale, its exponent searched."""

@@ -19,8 +19,8 @@ r2 are fitted by alternating weighted least squares, ``rounds`` times:
 h the mean squares of the inputs, v those of the outputs' gradients. The paper's salience is max |x_j|; ours is
 ``salience``: the mean |x_j| (``mean``), the root mean square (``square``) or what the column's rounding costs the loss
 (``loss``: its curvature times the mean square of its weights). Ours too: a centred a (theirs is mean |W|, never
-better), signs that follow the fit, and ``feedback``: codes of both kinds chosen against the loss, errors absorbed by later
-columns and rows. A matrix with too few columns for one salient one is binary throughout.
+better), signs that follow the fit, and ``feedback``: codes of both kinds chosen against the loss, errors absorbed by
+later columns and rows. A matrix with too few columns for one salient one is binary throughout.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SALIENT_BITS = 4
 @technique(
     paper="PTQ1.61",
     needs={GRADIENT_MOMENT, INPUT_SQUARES, ABSOLUTE_MEAN},
-    menu=("share=0.05,feedback=true", "share=0.1,feedback=true", "share=0.2,feedback=true"),
+    menu=("share=0.2", "share=0.05,feedback=true", "share=0.2,feedback=true"),
 )
 class Ptq161(Encoder):
     """Salient input columns at four bits, the others at one."""

@@ -45,7 +45,11 @@ RIDGE = 1e-8
 @technique(
     paper="PTQTP",
     needs={GRADIENT_MOMENT},
-    menu=("group=128,weighted=true,feedback=true,scale_bits=8", "group=32,weighted=true,feedback=true,scale_bits=8"),
+    menu=(
+        "group=128",
+        "group=128,weighted=true,feedback=true,scale_bits=8",
+        "group=32,weighted=true,feedback=true,scale_bits=8",
+    ),
 )
 class Ptqtp(Encoder):
     """Two trit planes with two scales a group: nine levels at 3.2 bits."""

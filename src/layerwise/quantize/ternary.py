@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @technique(
     paper="Ternary_Binary_Transformer",
     needs={GRADIENT_MOMENT},
-    menu=("group=0,feedback=true", "group=128,feedback=true,scale_bits=8", "group=32,feedback=true,scale_bits=8"),
+    menu=("group=0,scale=statistics", "group=0,feedback=true", "group=32,feedback=true,scale_bits=8"),
 )
 class TernaryPlane(Encoder):
     """Three levels a weight: minus the scale, zero, the scale."""
