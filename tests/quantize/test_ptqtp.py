@@ -11,6 +11,7 @@ from tests.quantize.conftest import loss
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics
+from layerwise.encoding.scales import Scales
 from layerwise.quantize.ptqtp import alternate, pair_levels, residual_pairs, signs_as_pairs
 from layerwise.technique import parse_technique
 
@@ -59,8 +60,8 @@ def test_the_objective_never_rises() -> None:
 
 
 def test_independent_choices_equal_brute_force_over_all_codes() -> None:
-    weight, pair = groups(5, 3), torch.tensor([0.9, 0.4])
-    levels, _ = pair_levels(pair.expand(5, 1, 2))
+    weight = groups(5, 3)
+    levels, _ = pair_levels(Scales(torch.tensor([[0.9, 0.4]]).half().expand(5, 2), None))
     chosen = (weight[..., None] - levels.double()).square().amin(2).sum(1)
     for i in range(5):
         every = [
@@ -83,8 +84,7 @@ def test_planes_are_canonical_and_codes_are_those_of_their_levels() -> None:
     form = encoded("ptqtp:scale_bits=8,group=32", weight)
     pair = form.scales.values().view(20, 2, -1)
     assert bool((pair[:, 0] >= pair[:, 1]).all()) and bool((pair >= 0).all())
-    spread = pair.transpose(1, 2)[:, torch.arange(128) // 32]  # [rows, columns, 2]
-    levels, _ = pair_levels(spread)
+    levels = pair_levels(form.scales)[0][:, torch.arange(128) // 32]  # [rows, columns, 9]
     nearest = (levels - weight[..., None]).abs().amin(2)
     torch.testing.assert_close((form.decode() - weight).abs(), nearest, rtol=1e-5, atol=1e-6)
     assert not bool(encoded("ptqtp", torch.zeros(3, 9)).decode().any())

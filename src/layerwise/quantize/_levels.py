@@ -8,6 +8,7 @@ Techniques whose papers round to nearest take the feedback as an option: it is o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,22 @@ from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
 from layerwise.encoding.grid import row_pieces
+from layerwise.encoding.scales import width_of
 from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
 
 DAMP = 0.01  # share of mean(diag C) added to C, as in TWO-SIDED
 ROW_DAMP = 0.5  # share of mean(diag R) added to R
-SWEEPS = 4
+SWEEPS = 4  # revisions of the codes after the first pass and after each refit
+REFITS = 4  # times that scales are refitted to their codes, and codes revised to their scales
+MOST_WORK = 10**11  # multiplications of one refit beyond which scales stay as they were found
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """What one column of scales multiplies: ``values`` [m, w] float64 at the columns ``columns``, zero elsewhere."""
+
+    columns: slice
+    values: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +65,18 @@ class Feedback:
         return diagonal(statistics.inputs) if self.columns is None else self.columns.importance()
 
 
-def place(weight: Tensor, levels: Tensor, groups: Tensor, feedback: Feedback, sweeps: int = SWEEPS) -> Tensor:
+def place(
+    weight: Tensor,
+    levels: Tensor,
+    groups: Tensor,
+    feedback: Feedback,
+    sweeps: int = SWEEPS,
+    start: Tensor | None = None,
+) -> Tensor:
     """Places among the levels: uint8 [m, n].
 
     weight [m, n]; levels [m, G, L] float32 ascending, places that do not exist being +infinity; groups int64 [n], the
-    row of ``levels`` that each column uses.
+    row of ``levels`` that each column uses. With ``start`` [m, n] there is no first pass: its places are revised.
     """
     from layerwise.encoding.level_loops import nearest_places
 
@@ -75,7 +94,11 @@ def place(weight: Tensor, levels: Tensor, groups: Tensor, feedback: Feedback, sw
         part = weight[chosen].detach().float().T[order].contiguous()  # [n, m]
         table = levels[chosen].transpose(0, 1).contiguous()  # [G, m, L]
         grid = (part.numpy(), table.numpy(), groups[order].numpy())
-        done, change = _place(grid, columns, rows_side)
+        if start is None:
+            done, change = _place(grid, columns, rows_side)
+        else:
+            done = start[chosen].T[order].contiguous()
+            change = _values(table, groups[order], done).double() - part
         for _ in range(sweeps):
             _move(grid, columns, rows_side, done, change)
         codes[chosen[:, None], order] = done.T
@@ -95,7 +118,61 @@ def rescaled(feedback: Feedback, factors: Tensor) -> Feedback:
     return Feedback(columns, feedback.rows)
 
 
+def bases_of(planes: Tensor, group: int) -> list[Basis]:
+    """``planes`` [m, P, n] cut into groups of columns, plane by plane, in the order of a form's scales."""
+    n, width = planes.shape[2], width_of(group, planes.shape[2])
+    cuts = [slice(first, min(first + width, n)) for first in range(0, n, width)]
+    return [Basis(cut, planes[:, p, cut].double()) for p in range(planes.shape[1]) for cut in cuts]
+
+
+def refit(weight: Tensor, bases: Sequence[Basis], scales: Tensor, feedback: Feedback) -> Tensor:
+    """Scales of less loss for the same codes: float32 [m, Q]. ``W' = sum_q scales[:, q] * bases[q]``.
+
+    One round of block coordinate descent on ``tr(R D C D^T)``: the scales of one basis move in all rows at once, to
+    where ``(R o (T C T^T)) delta = - (R D C o T) 1`` puts them. Given back unchanged where that is too much work.
+    """
+    columns, rows = feedback.columns, feedback.rows
+    m, n = weight.shape
+    if columns is None or len(bases) * m * m * n > MOST_WORK:
+        return scales
+    c = _in_place(columns)
+    r = None if rows is None else _in_place(rows)
+    scales, change = scales.double().clone(), -weight.detach().double()
+    for q, basis in enumerate(bases):
+        change[:, basis.columns] += scales[:, q, None] * basis.values
+    pull = change @ c if r is None else r @ change @ c  # R D C, kept up to date
+    for q, basis in enumerate(bases):
+        seen = basis.values @ c[basis.columns]  # T C [m, n]
+        slope = (pull[:, basis.columns] * basis.values).sum(1)
+        if r is None:
+            own = (seen[:, basis.columns] * basis.values).sum(1)
+            delta = torch.where(own > 0, -slope / own.clamp(min=1e-300), torch.zeros_like(own))
+            pull += delta[:, None] * seen
+        else:
+            system = r * (seen[:, basis.columns] @ basis.values.T)
+            system.diagonal().add_(1e-9 * float(system.diagonal().mean()) + 1e-300)
+            factored, failed = torch.linalg.cholesky_ex(system)
+            if int(failed):
+                continue
+            delta = -torch.cholesky_solve(slope[:, None], factored)[:, 0]
+            pull += r @ (delta[:, None] * seen)
+        scales[:, q] += delta
+    return scales.float()
+
+
 # ---------------------------------------------------------------- private
+
+
+def _in_place(side: Side) -> Tensor:
+    """The damped curvature in the weight's own order: float64 [n, n]."""
+    back = torch.argsort(side.order)
+    return side.matrix[back][:, back]
+
+
+def _values(table: Tensor, groups: Tensor, codes: Tensor) -> Tensor:
+    """The levels at ``codes`` [n, m] of ``table`` [G, m, L]: float32 [n, m]."""
+    m, count = table.shape[1:]
+    return table.view(-1)[(groups[:, None] * m + torch.arange(m)) * count + codes]
 
 
 def _place(grid: Any, columns: Side, rows: Side | None) -> tuple[Tensor, Tensor]:

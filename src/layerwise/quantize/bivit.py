@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
+    from layerwise.encoding.scales import Scales
+    from layerwise.quantize._levels import Feedback
 
 ROUNDS = 10  # alternations of scales and signs
 
@@ -48,7 +50,7 @@ class Bivit(Encoder):
         from layerwise.encoding.binary import Binary
         from layerwise.encoding.grid import check_weight, relative_importance
         from layerwise.encoding.scales import Scales, places
-        from layerwise.quantize._levels import Feedback, place
+        from layerwise.quantize._levels import REFITS, Feedback, place
 
         check_weight(weight)
         columns = weight.shape[1]
@@ -61,9 +63,35 @@ class Bivit(Encoder):
         steps = scales.values()
         levels = torch.stack([-steps, steps], 2) + centre[:, None, None]
         codes = place(weight, levels, places(self.group, columns), feedback)
+        for _ in range(REFITS if feedback.columns is not None else 0):
+            scales, centre = self._refitted(weight, codes, scales, centre, feedback)
+            stored = centre.half() if self.centred else None
+            steps = scales.values()
+            levels = torch.stack([-steps, steps], 2) + centre[:, None, None]
+            codes = place(weight, levels, places(self.group, columns), feedback, start=codes)
         if feedback.columns is None:  # sign(0) is 1; ties between levels went down
             codes = (weight >= centre[:, None]).to(torch.uint8)
         return Binary.from_codes(codes, self.group, scales, stored)
+
+    def _refitted(
+        self, weight: Tensor, codes: Tensor, scales: Scales, centre: Tensor, feedback: Feedback
+    ) -> tuple[Scales, Tensor]:
+        """Scales and means of less loss for these signs, as they will be stored."""
+        import torch
+
+        from layerwise.encoding.scales import Scales
+        from layerwise.quantize._levels import Basis, bases_of, refit
+
+        bases = bases_of(codes[:, None].float() * 2 - 1, self.group)
+        wanted = scales.values()
+        if self.centred:
+            bases.append(Basis(slice(0, weight.shape[1]), torch.ones(weight.shape, dtype=torch.float64)))
+            wanted = torch.cat([wanted, centre[:, None]], 1)
+            wanted = refit(weight, bases, wanted, feedback)
+            wanted, centre = wanted[:, :-1], wanted[:, -1].half().float()
+        else:
+            wanted = refit(weight, bases, wanted, feedback)
+        return Scales.of(wanted.clamp(min=0), self.scale_bits), centre
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.binary import binary_layout

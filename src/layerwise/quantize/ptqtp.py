@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
+    from layerwise.encoding.scales import Scales
 
 LIMIT = 1e6  # condition above which the ridge is raised
 RIDGE = 1e-8
@@ -67,7 +68,7 @@ class Ptqtp(Encoder):
         from layerwise.encoding.grid import check_weight, relative_importance
         from layerwise.encoding.scales import Scales, places
         from layerwise.encoding.ternary import Ternary
-        from layerwise.quantize._levels import Feedback, place
+        from layerwise.quantize._levels import REFITS, Feedback, bases_of, place, refit
 
         check_weight(weight)
         columns = weight.shape[1]
@@ -77,13 +78,19 @@ class Ptqtp(Encoder):
             importance = relative_importance(feedback.importance(statistics), columns)
         found = self.planes(weight, importance)  # [rows, groups, 2]
         scales = Scales.of(found.transpose(1, 2).reshape(len(weight), -1), self.scale_bits)
-        pair = scales.values().view(len(weight), 2, -1).transpose(1, 2)
-        levels, order = pair_levels(pair)
         spread = places(self.group, columns)
+        levels, order = pair_levels(scales)
         codes = place(weight, levels, spread, feedback)
-        nine = order.view(-1, 9)[(torch.arange(len(weight))[:, None] * order.shape[1] + spread)]  # [rows, columns, 9]
-        pairs = nine.gather(2, codes.long()[..., None])[..., 0]
-        trits = torch.stack([pairs // 3, pairs % 3], 1).to(torch.uint8)  # [rows, 2, columns]
+        trits = trits_of(codes, order, spread)
+        for _ in range(REFITS if feedback.columns is not None else 0):
+            better = refit(weight, bases_of(trits.float() - 1, self.group), scales.values(), feedback)
+            pair = better.clamp(min=0).view(len(weight), 2, -1)
+            swapped = pair[:, 0] < pair[:, 1]  # the larger scale stays in front
+            scales = Scales.of(pair.sort(dim=1, descending=True).values.reshape(len(weight), -1), self.scale_bits)
+            trits = torch.where(swapped[:, None, spread], trits.flip(1), trits)
+            levels, order = pair_levels(scales)
+            codes = place(weight, levels, spread, feedback, start=codes_of(trits, order, spread))
+            trits = trits_of(codes, order, spread)
         return Ternary.from_codes(trits, self.group, scales)
 
     def layout(self, rows: int, columns: int) -> Layout:
@@ -95,19 +102,29 @@ class Ptqtp(Encoder):
         """The two scales of each group, ``a1 >= a2 >= 0``: float32 [rows, groups, 2]."""
         import torch
 
+        from layerwise.encoding.grid import row_pieces
         from layerwise.encoding.scales import by_group
 
-        grouped = by_group(weight.detach().double(), self.group)  # [rows, groups, width]
-        unit = grouped.abs().amax(2)  # a group's own unit, so that ridge and stop do not depend on it
-        scaled = grouped / torch.where(unit > 0, unit, torch.ones_like(unit))[..., None]
-        h = by_group(importance.double(), self.group).expand_as(scaled)
-        flat, shares = (t.reshape(-1, t.shape[-1]).contiguous() for t in (scaled, h))
-        best, error, _ = alternate(flat, shares, signs_as_pairs(flat), self.rounds)
+        parts = []
+        for rows in row_pieces(*weight.shape):
+            grouped = by_group(weight[rows].detach().double(), self.group)  # [rows, groups, width]
+            unit = grouped.abs().amax(2)  # a group's own unit, so that ridge and stop do not depend on it
+            scaled = grouped / torch.where(unit > 0, unit, torch.ones_like(unit))[..., None]
+            shares = by_group(importance.double(), self.group).expand_as(scaled).reshape(-1, grouped.shape[2])
+            found = self._of_groups(scaled.view(-1, grouped.shape[2]), shares).view(*unit.shape, 2)
+            parts.append((found * unit[..., None]).float())
+        return torch.cat(parts)
+
+    def _of_groups(self, weight: Tensor, importance: Tensor) -> Tensor:
+        """The same of groups [R, width]: float64 [R, 2]."""
+        import torch
+
+        best, error, _ = alternate(weight, importance, signs_as_pairs(weight), self.rounds)
         if self.residual:
-            other, other_error, _ = alternate(flat, shares, residual_pairs(flat, shares), self.rounds)
+            start = residual_pairs(weight, importance)
+            other, other_error, _ = alternate(weight, importance, start, self.rounds)
             best = torch.where((other_error < error)[:, None], other, best)
-        best = best.abs().sort(dim=1, descending=True).values.view(*unit.shape, 2)
-        return (best * unit[..., None]).float()
+        return best.abs().sort(dim=1, descending=True).values
 
 
 def alternate(weight: Tensor, importance: Tensor, start: Tensor, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,15 +173,38 @@ def best_plane(weight: Tensor, importance: Tensor) -> Tensor:
     return torch.where(weight.abs() > scale / 2, weight.sign() * scale, torch.zeros_like(weight))
 
 
-def pair_levels(pair: Tensor) -> tuple[Tensor, Tensor]:
-    """``pair`` [rows, groups, 2] -> (the nine levels ascending, float32; which pair each is, int64): [rows, groups, 9].
+def pair_levels(scales: Scales) -> tuple[Tensor, Tensor]:
+    """The nine levels of each group ascending, float32, and which pair each is, int64: both [rows, groups, 9].
 
     Equal levels stay in the lexicographic order of their pairs.
     """
     import torch
 
-    trits = torch.arange(9)
-    t1, t2 = (trits // 3 - 1).float(), (trits % 3 - 1).float()
-    levels = t1 * pair[..., :1] + t2 * pair[..., 1:]
-    found = levels.sort(dim=-1, stable=True)
+    pair = scales.values().view(len(scales.stored), 2, -1, 1)
+    pairs = torch.arange(9)
+    found = ((pairs // 3 - 1) * pair[:, 0] + (pairs % 3 - 1) * pair[:, 1]).sort(dim=-1, stable=True)
     return found.values, found.indices
+
+
+def trits_of(codes: Tensor, order: Tensor, spread: Tensor) -> Tensor:
+    """Places among the levels [rows, columns] -> codes of both planes, uint8 [rows, 2, columns]."""
+    import torch
+
+    pairs = _looked_up(order, spread, codes)
+    return torch.stack([pairs // 3, pairs % 3], 1)
+
+
+def codes_of(trits: Tensor, order: Tensor, spread: Tensor) -> Tensor:
+    """The inverse of ``trits_of``."""
+    import torch
+
+    return _looked_up(torch.argsort(order, dim=-1), spread, trits[:, 0] * 3 + trits[:, 1])
+
+
+def _looked_up(table: Tensor, spread: Tensor, places: Tensor) -> Tensor:
+    """``table[i, spread[j], places[i, j]]`` as uint8 [rows, columns], for a table [rows, groups, 9]."""
+    import torch
+
+    rows, groups = table.shape[:2]
+    first = (torch.arange(rows)[:, None] * groups + spread) * 9
+    return table.to(torch.uint8).view(-1)[first + places]

@@ -32,7 +32,12 @@ if TYPE_CHECKING:
 @technique(
     paper="Ternary_Binary_Transformer",
     needs={GRADIENT_MOMENT},
-    menu=("group=0,scale=statistics", "group=0,feedback=true", "group=32,feedback=true,scale_bits=8"),
+    menu=(
+        "group=0,scale=statistics",
+        "group=0,feedback=true",
+        "group=128,feedback=true,scale_bits=8",
+        "group=32,feedback=true,scale_bits=8",
+    ),
 )
 class TernaryPlane(Encoder):
     """Three levels a weight: minus the scale, zero, the scale."""
@@ -47,7 +52,7 @@ class TernaryPlane(Encoder):
         from layerwise.encoding.grid import check_weight
         from layerwise.encoding.scales import Scales, places
         from layerwise.encoding.ternary import Ternary
-        from layerwise.quantize._levels import Feedback, place
+        from layerwise.quantize._levels import REFITS, Feedback, bases_of, place, refit
         from layerwise.quantize._trits import trit_levels, trit_scales
 
         check_weight(weight)
@@ -59,7 +64,12 @@ class TernaryPlane(Encoder):
             wanted = flat.expand(len(weight), 1)
         scales = Scales.of(wanted, self.scale_bits)
         levels = trit_levels(scales.values())
-        codes = place(weight, levels, places(self._group(), weight.shape[1]), feedback)
+        spread = places(self._group(), weight.shape[1])
+        codes = place(weight, levels, spread, feedback)
+        for _ in range(REFITS if feedback.columns is not None and not self.shared else 0):
+            better = refit(weight, bases_of(codes[:, None].float() - 1, self.group), scales.values(), feedback)
+            scales = Scales.of(better.clamp(min=0), self.scale_bits)
+            codes = place(weight, trit_levels(scales.values()), spread, feedback, start=codes)
         return Ternary.from_codes(codes[:, None], self._group(), scales)
 
     def layout(self, rows: int, columns: int) -> Layout:
