@@ -58,7 +58,9 @@ def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypa
     [f"rtn:bits={bits},group=64" for bits in range(2, 9)]
     + ["rtn:bits=3,group=0", "rtn:bits=4,group=32,symmetric=true", "rtn:bits=5,group=64,scale_bits=8"]
     + ["hqq:bits=4,group=64", "nf4:group=64", "nf4:scale_bits=8", "fp4:levels=e2m1", "fp4:levels=fp4,group=0"]
-    + ["svd_llm:ratio=0.5", "svd_llm:ratio=0.5,factor_bits=3", "caldera:bits=2,ratio=0.5"],
+    + ["svd_llm:ratio=0.5", "svd_llm:ratio=0.5,factor_bits=3", "caldera:bits=2,ratio=0.5"]
+    + ["ternary:group=64,scale_bits=8", "ptqtp", "bivit", "bivit:group=64,centred=false", "nupes:by_row=true"]
+    + ["nupes:bits=3,group=64", "ptq161", "ptq161:share=0"],
 )
 def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor, recipe: str) -> None:
     page: dict[str, Any] = {}
