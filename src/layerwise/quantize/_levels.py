@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
-from layerwise.encoding.grid import row_pieces
-from layerwise.encoding.scales import width_of
+from layerwise.encoding.grid import SMALLEST_STEP, FittedGrid, group_of, row_pieces
+from layerwise.encoding.scales import Scales, width_of
 from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
 
 DAMP = 0.01  # share of mean(diag C) added to C, as in TWO-SIDED
@@ -158,6 +158,28 @@ def refit(weight: Tensor, bases: Sequence[Basis], scales: Tensor, feedback: Feed
             pull += r @ (delta[:, None] * seen)
         scales[:, q] += delta
     return scales.float()
+
+
+def refit_grid(
+    weight: Tensor, codes: Tensor, fitted: FittedGrid, feedback: Feedback, rounds: int, sweeps: int
+) -> tuple[Tensor, FittedGrid]:
+    """Codes and steps of an even grid, by turns each fitted to the other ``rounds`` times; zeros stay.
+
+    A step moves to where it is best for the loss, rounded to its stored type, and every code to where it is best then.
+    """
+    grid, spread = fitted.grid, group_of(fitted.columns, fitted.grid)
+    ladder, zeros = torch.arange(float(grid.top + 1)), fitted.zeros()
+    for _ in range(rounds):
+        basis = codes.float() - zeros[:, spread]
+        wanted = refit(weight, bases_of(basis[:, None], grid.group), fitted.steps(), feedback)
+        steps = Scales.of(wanted.clamp(min=SMALLEST_STEP), grid.scale_bits)
+        stored, factor = steps.stored, steps.factor
+        if factor is not None:  # a step of zero is no step
+            stored, factor = stored.clamp(min=1), factor.clamp(min=SMALLEST_STEP)
+        fitted = FittedGrid(grid, fitted.columns, stored, factor, fitted.zero)
+        levels = (ladder - zeros[..., None]) * fitted.steps()[..., None]
+        codes = place(weight, levels, spread, feedback, sweeps, start=codes)
+    return codes, fitted
 
 
 # ---------------------------------------------------------------- private

@@ -49,6 +49,9 @@ class TwoSided(Encoder):
     row_damp: float = option(0.5, minimum=0, maximum=100, help="share of mean(diag G) added to the diagonal of G")
     ordered: bool = option(True, help="round the columns and rows of the largest curvature first")
     sweeps: int = option(2, minimum=0, maximum=100, help="revisions of all codes after the first pass")
+    refits: int = option(
+        0, minimum=0, maximum=100, help="rounds of steps refitted to the codes, and codes to the steps"
+    )
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
         from layerwise.calibrate.statistics import diagonal
@@ -72,6 +75,10 @@ class TwoSided(Encoder):
             lambda: factor(statistics.rows, self.row_damp, largest_first=self.ordered),
         )
         codes = round_with_feedback(weight, fitted, columns, rows, sweeps=self.sweeps)
+        if self.refits:
+            from layerwise.quantize._levels import Feedback, refit_grid
+
+            codes, fitted = refit_grid(weight, codes, fitted, Feedback(columns, rows), self.refits, self.sweeps)
         return GroupedInteger.from_codes(codes, fitted)
 
     def layout(self, rows: int, columns: int) -> Layout:
