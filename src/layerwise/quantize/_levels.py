@@ -4,6 +4,11 @@ What ``_rounding`` does for even grids, for any ascending levels per row and gro
 ``tr(R D C D^T)``, the same order (largest curvature first, last column and row first), the same sweeps; only the
 choice of a code is another, the nearest of a few numbers. Two levels are binary, three ternary, nine two trit planes.
 Techniques whose papers round to nearest take the feedback as an option: it is ours.
+
+Once codes stand, the scales are free again: ``tr(R D C D^T)`` is quadratic in them, and where all rows have one scale
+each, ``W' = diag(a) T``, its minimum solves ``(R o (T C T^T)) a = ((R W C) o T) 1``. ``refit`` takes that step for one
+group of columns at a time; codes and scales then take turns. On ``examples/docs-lm`` four turns took 9 % of the
+predicted damage off ternary linears, 23 % off binary ones and 3 % off two trit planes.
 """
 
 from __future__ import annotations

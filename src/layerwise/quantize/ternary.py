@@ -13,7 +13,8 @@ Source: Z. Liu et al., "Binary and Ternary Natural Language Generation", arXiv 2
 per row); A. Kaushal et al., "Spectra", arXiv 2407.12327 (absmean, one a matrix). Both *train* a network whose weights
 take this form; here a trained network is put into it, which costs far more quality, and training may go on from there
 in the same stored form (``scale=statistics,group=0`` or ``scale=absmean,shared=true``). ``mse``, groups and
-``feedback`` (rounding against the loss, as TWO-SIDED rounds to even grids) are ours.
+``feedback`` (rounding against the loss, as TWO-SIDED rounds to even grids, and scales refitted to the trits under the
+same loss) are ours.
 """
 
 from __future__ import annotations
