@@ -8,9 +8,9 @@ Source: Y. He et al., "BiViT: Extremely Compressed Binary Vision Transformers", 
 binarises attention (by a share of each row's largest entry) and activations, and *trains* the scale of each row from
 the start above; none of that is here. In place of the trained scale, ``fit`` finds the scale (and the mean) of least
 ``sum_j h_j (w_j - w'_j)^2``, h the mean squares of the inputs, alternating with the signs: each step is a closed form,
-so the error never rises. Ours too: groups of columns (the paper has a scale a row), and ``feedback`` (signs chosen
-against the loss, errors absorbed by later columns and rows, scales and means refitted to the signs under it). The decoded row has the mean back, which costs 16 / n
-bits; ``centred=false`` leaves it out.
+so the error never rises. Ours too: groups of columns (the paper has a scale a row), and ``feedback``: signs
+chosen against the loss, errors absorbed by later columns and rows, scales and means then refitted to the signs under
+it. The decoded row has the mean back, which costs 16 / n bits; ``centred=false`` leaves it out.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ level beside the exponent; ``weighted`` errors; ``feedback``, rounding against t
 N(0, 1), largest level = largest weight: one scale for 200 thousand values a = 0.65, 0.022 (even 0.032) at 4 bits;
 groups of 128 a = 0.75, 0.0117 (0.0138); with clip 0.0101 (0.0112): the power is worth much where scales are coarse,
 little where they are fine. At 2 bits the form has three levels and no exponent to choose: see TERNARY.
+
+Measured on ``examples/docs-lm`` (KL to the dense network, int8 tables, two seeds): at 4 bits in groups of 128 0.0272
+where clip-searched rounding on an even asymmetric grid, 0.7 % larger, leaves 0.0257; at 3 bits 0.124 against 0.099. The
+power does not make up for the level that a symmetric grid leaves out and for a zero of its own. With feedback 0.088.
 """
 
 from __future__ import annotations
