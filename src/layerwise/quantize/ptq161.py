@@ -21,6 +21,12 @@ h the mean squares of the inputs, v those of the outputs' gradients. The paper's
 (``loss``: its curvature times the mean square of its weights). Ours too: a centred a (theirs is mean |W|, never
 better), signs that follow the fit, and ``feedback``: codes of both kinds chosen against the loss, errors absorbed by
 later columns and rows. A matrix with too few columns for one salient one is binary throughout.
+
+Measured on ``examples/docs-lm`` (rows of 192 and 512 weights, so 0.2 bits of scales a weight; KL to the dense network,
+int8 tables, two seeds): a share of 0.2 leaves 1.18 in 923 kB, where rounding to nearest at 2 bits, a scale a row,
+leaves 0.51 in 950 kB; with feedback 1.24, though its predicted damage is a third less: at such errors the second order
+no longer holds. One ternary plane takes fewer bytes and does less damage, on every matrix. Without the training that
+the paper rests on, its form is no good use of bytes here.
 """
 
 from __future__ import annotations
