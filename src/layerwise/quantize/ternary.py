@@ -15,6 +15,13 @@ take this form; here a trained network is put into it, which costs far more qual
 in the same stored form (``scale=statistics,group=0`` or ``scale=absmean,shared=true``). ``mse``, groups and
 ``feedback`` (rounding against the loss, as TWO-SIDED rounds to even grids, and scales refitted to the trits under the
 same loss) are ours.
+
+Measured on ``examples/docs-lm`` (64 sequences of 128 tokens, one seed; KL to the dense network of a plan over all
+stored bytes, TWO-SIDED alone -> with ternary offered -> with binary rows of BIVIT too):
+
+    3.0 bpw   0.129 -> 0.105 -> 0.114        2.0 bpw   no plan fits -> 0.542 -> 0.478
+    2.6 bpw   0.279 -> 0.251 -> 0.203        1.8 bpw   no plan fits -> 0.890 -> 0.655
+    2.3 bpw   0.583 -> 0.363 -> 0.366        1.6 bpw   no plan fits -> no plan fits -> 1.134
 """
 
 from __future__ import annotations
