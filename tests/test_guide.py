@@ -60,7 +60,9 @@ def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypa
     + ["hqq:bits=4,group=64", "nf4:group=64", "nf4:scale_bits=8", "fp4:levels=e2m1", "fp4:levels=fp4,group=0"]
     + ["fireq", "fireq:bits=3,group=32", "adadim:along=outputs", "adadim:bits=3,group=32,along=outputs"]
     + ["slim_llm:bits=2,group=16", "slim_llm:bits=3,group=0", "high_impact:share=0.3,group=32", "high_impact:bits=1"]
-    + ["svd_llm:ratio=0.5", "svd_llm:ratio=0.5,factor_bits=3", "caldera:bits=2,ratio=0.5"],
+    + ["svd_llm:ratio=0.5", "svd_llm:ratio=0.5,factor_bits=3", "caldera:bits=2,ratio=0.5"]
+    + ["ternary:group=64,scale_bits=8", "ptqtp", "bivit", "bivit:group=64,centred=false", "nupes:by_row=true"]
+    + ["nupes:bits=3,group=64", "ptq161", "ptq161:share=0"],
 )
 def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor, recipe: str) -> None:
     page: dict[str, Any] = {}

@@ -170,4 +170,6 @@ def test_a_site_about_which_nothing_is_known(encoder: Encoder) -> None:
     weight, _ = ordinary(12, 20)
     weight = weight * 0.6 ** torch.arange(12)[:, None]  # a spectrum that falls, as those of trained weights do
     decoded = encoder.encode(weight, SiteStatistics.uninformed(12, 20)).decode()
-    assert float((decoded - weight).square().mean()) < 0.15 * float(weight.square().mean())  # all of it if left out
+    few = layout_bytes(encoder.layout(512, 512)) < 512 * 512 / 4  # under two bits: a sign alone leaves 0.36
+    limit = 0.4 if few else 0.15
+    assert float((decoded - weight).square().mean()) < limit * float(weight.square().mean())  # all of it if left out

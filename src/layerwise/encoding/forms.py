@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from layerwise.encoding.binary import Binary
 from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.directed import Directed
@@ -15,12 +16,30 @@ from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.mixed import Mixed
 from layerwise.encoding.outliers import Outliers
+from layerwise.encoding.power import Power
 from layerwise.encoding.sparse import Sparse
+from layerwise.encoding.split import Split
 from layerwise.encoding.sums import Sum
+from layerwise.encoding.ternary import Ternary
 from layerwise.errors import InputError, nearest
 
 FORMS: dict[str, type[Encoded]] = {
-    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers, Directed, Mixed)
+    form.form: form
+    for form in (
+        Dense,
+        GroupedInteger,
+        Codebook,
+        LowRank,
+        Sum,
+        Sparse,
+        Outliers,
+        Directed,
+        Mixed,
+        Ternary,
+        Binary,
+        Split,
+        Power,
+    )
 }
 
 

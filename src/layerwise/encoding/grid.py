@@ -158,7 +158,7 @@ def fit_grid(
     if clip and grid.float_zero:
         raise ValueError("the clip search knows whole zeros only; a float zero is fitted by its technique")
     if importance is not None:
-        importance = _relative(importance, weight.shape[1])
+        importance = relative_importance(importance, weight.shape[1])
     if grid.float_scale and power is None:
         power = _power(weight, grid)
     parts = [_fit_rows(weight[rows].float(), grid, clip, importance, power) for rows in row_pieces(*weight.shape)]
@@ -225,7 +225,7 @@ def scaled_ranges(
 # ---------------------------------------------------------------- private
 
 
-def _relative(importance: Tensor, columns: int) -> Tensor:
+def relative_importance(importance: Tensor, columns: int) -> Tensor:
     """Importance over its mean; ones where nothing is known. Zero would leave a group's range to chance."""
     if importance.shape != (columns,) or not bool(torch.isfinite(importance).all()):
         raise InputError(f"the importance of {columns} columns must be as many finite numbers")
