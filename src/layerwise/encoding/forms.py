@@ -13,12 +13,13 @@ from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.outliers import Outliers
+from layerwise.encoding.scattered import Scattered
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError, nearest
 
 FORMS: dict[str, type[Encoded]] = {
-    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers)
+    form.form: form for form in (Dense, GroupedInteger, Codebook, LowRank, Sum, Sparse, Outliers, Scattered)
 }
 
 
