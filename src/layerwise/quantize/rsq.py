@@ -14,8 +14,9 @@ function and no bytes, so it is not part of this encoder: rotate with ``--rewrit
 network with ``rsq``; importance is measured on the network that is encoded, and a rotation leaves it as it is.
 
 The first token of a text often receives nearly all attention, and with a small ``least`` little else is left in
-``H_w``. The number of tokens that as good as count, ``(sum w)^2 / sum w^2``, is therefore kept at or above the number
-of columns (or of all tokens, if they are fewer): ``least`` is raised by steps of a half until it is, up to 1.
+``H_w``. The number of tokens that as good as count, ``(sum w)^2 / sum w^2``, is therefore kept at or above twice the
+number of columns (or at that of all tokens, if they are fewer): ``least`` is raised by steps of a half until it is, up
+to 1.
 
 Source: Y.-L. Sung et al., arXiv 2503.01820. Left open there: the power (features scaled by r give ``r^2``, which is the
 default; the released code weighs by r: ``power=1``), and what happens when too few tokens are left (ours: above). The
@@ -71,11 +72,13 @@ class Rsq(Encoder):
 
     def moment(self, statistics: SiteStatistics) -> Tensor:
         """``H_w`` of the module's docstring, ``[n, n]`` or its diagonal."""
+        from layerwise.calibrate.moments import TOKENS_PER_INPUT
+
         known, inputs = statistics.importance, statistics.inputs
         if known is None:
             return inputs
         least = float(self.least)
-        enough = min(1.0, len(inputs) / max(1, statistics.tokens))
+        enough = min(1.0, TOKENS_PER_INPUT * len(inputs) / max(1, statistics.tokens))
         while least < 1 and known.effective(least, self.power) < enough:
             least = min(1.0, least * STEP)
         if least > self.least:
