@@ -16,7 +16,7 @@ LENGTH = 40  # longer than the window of tiny_mistral
 
 
 def both_ways(module: torch.nn.Module, batch: Batch) -> tuple[list[Tensor | None], list[Tensor]]:
-    """Importance of the tokens at every layer: as it is watched, and from the probabilities that the network returns."""
+    """Importance of the tokens at every layer: as it is watched, and from the probabilities it returns."""
     config = module.config
     config._attn_implementation = "sdpa"
     with torch.no_grad(), watching_attention(True) as calls:
