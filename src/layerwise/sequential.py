@@ -306,6 +306,7 @@ def carried_use(use: Use, arrival: Arrival) -> Use:
         tokens=arrival.tokens,
         importance=use.importance and use.importance.over_sides(side),
         largest=None if use.largest is None else arrival.largest,
+        attention=None if use.attention is None else side(use.attention),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from layerwise.calibrate.statistics import Wanted
-from layerwise.technique import LARGEST_INPUT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT, parse_recipe
+from layerwise.technique import ATTENTION_CURVATURE, LARGEST_INPUT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT, parse_recipe
 
 
 def wanted_by(recipes: Iterable[str]) -> Wanted:
@@ -16,5 +16,8 @@ def wanted_by(recipes: Iterable[str]) -> Wanted:
 def wanted_of(needs: Collection[str]) -> Wanted:
     """The optional measurements among a technique's ``needs``."""
     return Wanted(
-        importance=TOKEN_IMPORTANCE in needs, gradient=WEIGHT_GRADIENT in needs, largest=LARGEST_INPUT in needs
+        importance=TOKEN_IMPORTANCE in needs,
+        gradient=WEIGHT_GRADIENT in needs,
+        largest=LARGEST_INPUT in needs,
+        attention=ATTENTION_CURVATURE in needs,
     )

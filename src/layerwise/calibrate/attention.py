@@ -49,7 +49,10 @@ SIGNATURE = inspect.signature(_arguments)
 
 @dataclass(frozen=True)
 class Attention:
-    """One call. query ``[sequences, heads, T, d]``; key and value ``[sequences, key heads, T, d]``; mask as given."""
+    """One call. query ``[sequences, heads, T, d]``; key and value ``[sequences, key heads, T, d]``; mask as given.
+
+    output: ``[sequences, heads, T, d]``.
+    """
 
     query: Tensor
     key: Tensor
@@ -57,12 +60,11 @@ class Attention:
     mask: Tensor | None
     causal: bool
     scale: float
+    output: Tensor
 
     def probabilities(self, sequence: int) -> Tensor:
         """``A`` of one sequence, ``[heads, T, T]`` float32; a query that may attend to nothing attends to nothing."""
-        query, key = self.query[sequence].detach().float(), self.key[sequence].detach().float()
-        if len(key) < len(query):
-            key = key.repeat_interleave(len(query) // len(key), 0)
+        query, key = self.query[sequence].detach().float(), self.of_heads(self.key, sequence)
         scores = query @ key.transpose(-1, -2) * self.scale
         if self.causal:
             seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -71,6 +73,11 @@ class Attention:
             mask = self.mask.expand(len(self.query), *[-1] * 3)[sequence] if self.mask.dim() == 4 else self.mask
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         return scores.softmax(-1).nan_to_num(0.0)
+
+    def of_heads(self, shared: Tensor, sequence: int) -> Tensor:
+        """Key or value of one sequence for every query head, ``[heads, T, d]`` float32."""
+        mine, heads = shared[sequence].detach().float(), self.query.shape[1]
+        return mine if len(mine) == heads else mine.repeat_interleave(heads // len(mine), 0)
 
     def fits(self, batch: Batch) -> bool:
         """Whether its queries and keys are the tokens of this batch."""
@@ -86,10 +93,10 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        output = function(*args, **(kwargs or {}))
         if function is ATTENTION:
             given = SIGNATURE.bind(*args, **(kwargs or {})).arguments
-            query = given["query"]
-            scale = given.get("scale")
+            query, scale = given["query"], given.get("scale")
             self.calls.append(
                 Attention(
                     query,
@@ -98,9 +105,10 @@ class _Watch(TorchFunctionMode):
                     given.get("attn_mask"),
                     bool(given.get("is_causal", False)),
                     query.shape[-1] ** -0.5 if scale is None else float(scale),
+                    output,
                 )
             )
-        return function(*args, **(kwargs or {}))
+        return output
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import Importance, SiteStatistics, Use
 
 SIDES = ("rows", "columns", "inputs", "absolute_mean")
-OPTIONAL = ("gradient", "largest")
+OPTIONAL = ("gradient", "largest", "attention")
 WEIGHTED = ("first", "second", "powers")  # of Importance
 
 

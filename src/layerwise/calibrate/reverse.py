@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.attention import token_importance, watching_attention
+from layerwise.calibrate.attention_curvature import attention_curvature
 from layerwise.calibrate.moments import Moment, shrunk
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.rows import by_example, counted_rows, importance_of_rows
@@ -39,6 +40,7 @@ class Watched:
     gradients: for a head, the diagonal of its predictions' curvature; else only the number of gradients seen.
     left/right: sums of M M^T and M^T M over examples and draws; absent for a head.
     gradient:   sum of |M| over whole texts (windows, images) and draws, if it is wanted.
+    attention:  sum over tokens of the attention's column curvature, if it is wanted and the site has one.
     """
 
     inputs: Moment
@@ -49,6 +51,7 @@ class Watched:
     left_samples: int = 0
     gradient: Tensor | None = None
     gradient_samples: int = 0
+    attention: Tensor | None = None
 
 
 @dataclass
@@ -89,6 +92,7 @@ class SplitMoments:
             importance=watched.inputs.importance(tokens),
             gradient=None if watched.gradient is None else watched.gradient / watched.gradient_samples,
             largest=watched.inputs.largest,
+            attention=None if watched.attention is None else shrunk(watched.attention / max(1, tokens), tokens, True),
         )
         return SiteStatistics((use,))
 
@@ -142,11 +146,16 @@ def reverse_block(
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     call = enter(batch, index)[1]
-                with torch.enable_grad(), watching_attention(wanted.importance) as calls:
+                with torch.enable_grad(), watching_attention(wanted.importance or wanted.attention) as calls:
                     hidden = inputs.read(i).to(streamer.device).requires_grad_()
                     output = streamer.run_block(block, hidden, call)
-                moments, importance = found[split_of[i]], token_importance(calls, batch)
+                moments, importance = found[split_of[i]], token_importance(calls, batch) if wanted.importance else None
                 add_inputs(moments, observer.seen, batch, observer.routed, importance)
+                if wanted.attention:
+                    members = {name: block.get_submodule(path) for path, name in names.items()}
+                    for name, side in attention_curvature(calls, observer.seen, members, batch).items():
+                        total = moments.sites[name].attention
+                        moments.sites[name].attention = side if total is None else total.add_(side)
                 directions = gradients_out.read(i).to(output.device)
                 yield back_propagate(
                     output, hidden, observer.seen, directions, moments, batch, tokens_alone, observer.routed

@@ -27,7 +27,8 @@ head           E[p (1 - p)] (diagonal)  H = E[x x^T]                c * n_site /
 =============  =======================  ==========================  ================================
 
 What only some techniques ask for costs time and memory, so it is gathered only when one of a run does (``Wanted``):
-second moments under token importance, the magnitude of the gradient at each weight, the largest inputs.
+second moments under token importance, the magnitude of the gradient at each weight, the largest inputs, what
+queries, keys and values do to the output of their attention.
 """
 
 from __future__ import annotations
@@ -53,11 +54,12 @@ class Wanted:
     importance: bool = False
     gradient: bool = False
     largest: bool = False
+    attention: bool = False
 
     @property
     def sides(self) -> int:
         """How many more second moments of the inputs a site keeps."""
-        return 2 * self.importance
+        return 2 * self.importance + self.attention
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Use:
     importance:     second moments of the inputs under the tokens' importance in their block's attention.
     gradient:       mean over texts of ``|M|``, M the gradient of a text's loss at the matrix, ``[rows, columns]``.
     largest:        the largest ``|x|`` of each input, ``[columns]``.
+    attention:      for queries, keys and values: column curvature of the attention's output, of the shape of H.
     """
 
     rows: Tensor
@@ -135,6 +138,7 @@ class Use:
     importance: Importance | None = None
     gradient: Tensor | None = None
     largest: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,11 @@ class SiteStatistics:
         return self.uses[0].largest
 
     @property
+    def attention(self) -> Tensor | None:
+        """None where it was not measured, where it has no meaning, and where the matrix has several uses."""
+        return self.uses[0].attention if len(self.uses) == 1 else None
+
+    @property
     def tokens(self) -> int:
         return sum(u.tokens for u in self.uses)
 
@@ -245,6 +254,7 @@ def _merged_use(a: Use, b: Use) -> Use:
         importance=_merged_importance(a.importance, b.importance, share),
         gradient=None if a.gradient is None or b.gradient is None else mean(a.gradient, b.gradient, share),
         largest=None if a.largest is None or b.largest is None else torch.maximum(a.largest, b.largest),
+        attention=None if a.attention is None or b.attention is None else mean(a.attention, b.attention, share),
     )
 
 

@@ -107,6 +107,7 @@ def scaled(statistics: SiteStatistics, rows: Tensor | None = None, columns: Tens
             absolute_mean=u.absolute_mean if columns is None else u.absolute_mean * columns.abs(),
             importance=u.importance and u.importance.over_sides(lambda s: side(s, columns)),
             gradient=at_weights(u.gradient),
+            attention=None if u.attention is None else side(u.attention, columns),
             largest=u.largest if columns is None or u.largest is None else u.largest * columns.abs(),
         )
         for u in statistics.uses
