@@ -16,9 +16,9 @@ the sums going over heads. They are exact where each head has keys and values of
 them; with rotary positions ``H_k`` leaves out that the turn differs from key to key, with shared key heads what the
 heads that share one do together.
 
-Which linears make queries, keys and values, and which takes the output, is not read off names: a derivative of the noted
-queries reaches the one, and the other is given just what attention returned. Where one linear makes several of them
-(GPT-2), nothing is measured.
+Which linears make queries, keys and values, and which takes the output, is not read off names: a derivative of the
+noted queries reaches the one, and the other is given just what attention returned. Where one linear makes several
+of them (GPT-2), nothing is measured.
 
 Source: Z. Guan et al., *APTQ*, arXiv 2402.14866 (the idea); the derivatives and their sums are ours.
 """
