@@ -19,7 +19,7 @@ from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.statistics import Importance, SiteStatistics, Use, Wanted, merged
 from layerwise.network.folds import scaled
 
-ALL = Wanted(importance=True, gradient=True, largest=True)
+ALL = Wanted(importance=True, gradient=True, largest=True, attention=True)
 SITE = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj"
 
@@ -106,7 +106,7 @@ def test_what_nobody_wants_is_not_there_and_the_rest_does_not_notice(calibration
         assert a.unit == b.unit and set(a.sites) == set(b.sites)
         for name in a.sites:
             for x, y in zip(a.sites[name].fit.uses, b.sites[name].fit.uses, strict=True):
-                assert x.importance is None and x.gradient is None and x.largest is None
+                assert x.importance is None and x.gradient is None and x.largest is None and x.attention is None
                 for side in ("rows", "columns", "inputs", "absolute_mean"):
                     assert torch.equal(getattr(x, side), getattr(y, side))
         if a.unit in calibration.network.tree.blocks:
@@ -124,7 +124,7 @@ def test_both_splits_merged_are_as_good_as_all_tokens() -> None:
         h = moment.mean()
         gradient = x[rows].abs().mean(0).expand(3, 4)
         return SiteStatistics(
-            (Use(torch.ones(3), h, h, h[0], 1.0, tokens, moment.importance(tokens), gradient, moment.largest),)
+            (Use(torch.ones(3), h, h, h[0], 1.0, tokens, moment.importance(tokens), gradient, moment.largest, 2 * h),)
         )
 
     both, whole = merged(of(slice(0, 100)), of(slice(100, 300))), of(slice(0, 300))
@@ -133,6 +133,7 @@ def test_both_splits_merged_are_as_good_as_all_tokens() -> None:
     for side in ("first", "second", "powers"):
         torch.testing.assert_close(getattr(both.importance, side), getattr(whole.importance, side))
     torch.testing.assert_close(both.gradient, whole.gradient)
+    torch.testing.assert_close(both.uses[0].attention, whole.uses[0].attention)
     assert both.largest is not None and torch.equal(both.largest, whole.largest)
     unknown = SiteStatistics((replace(whole.uses[0], importance=None, gradient=None, largest=None),))
     assert merged(whole, unknown).importance is None and merged(unknown, whole).gradient is None
@@ -149,6 +150,7 @@ def test_they_survive_the_disk(uniform: dict[str, Use], tmp_path: Path) -> None:
         for side in ("first", "second", "powers"):
             assert torch.equal(getattr(found.importance, side), getattr(use.importance, side))
         assert torch.equal(found.gradient, use.gradient) and torch.equal(found.largest, use.largest)
+        assert found.attention is not None and use.attention is not None and torch.equal(found.attention, use.attention)
 
 
 def test_a_fold_scales_them() -> None:
@@ -160,7 +162,7 @@ def test_a_fold_scales_them() -> None:
     def of(x: Tensor, g: Tensor) -> Use:
         first, second = ((x * (u**k)[:, None]).T @ x / 50 for k in (1, 2))
         importance, h = Importance(first, second, torch.rand(4)), x.T @ x / 50
-        return Use(g.T @ g / 50, h, h, x.abs().mean(0), 1.0, 50, importance, (g.T @ x).abs(), x.abs().amax(0))
+        return Use(g.T @ g / 50, h, h, x.abs().mean(0), 1.0, 50, importance, (g.T @ x).abs(), x.abs().amax(0), 3 * h)
 
     c, r = torch.tensor([0.5, -2.0, 1.0, 3.0]), torch.tensor([2.0, 0.25, -1.0])
     for rows, columns in ((r, c), (None, c), (r, None)):
@@ -171,6 +173,7 @@ def test_a_fold_scales_them() -> None:
         torch.testing.assert_close(found.importance.second, wanted.importance.second)
         torch.testing.assert_close(found.gradient, wanted.gradient)
         torch.testing.assert_close(found.largest, wanted.largest)
+        torch.testing.assert_close(found.attention, wanted.attention)
 
 
 def test_a_least_weight_of_one_is_no_weighting() -> None:
