@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,7 @@ from layerwise.prepare import Options, check_device, check_tokens, longest, open
 from layerwise.probe.measurement import Measurement
 from layerwise.removal import find_removals
 from layerwise.technique import BLOCK_INPUTS, Probe, parse_probe
+from layerwise.wanted import wanted_by
 
 if TYPE_CHECKING:
     from torch import nn
@@ -162,6 +163,7 @@ def candidates(
     menu = make_menu(tuple(techniques), str(calibration.network.plain_dtype).removeprefix("torch."))
     stage = f"candidates {identity_of({'menu': [menu.linear, menu.table]})[:12]}"
     watch = Stopwatch(progress)
+    calibration = replace(calibration, wanted=wanted_by([*menu.linear, *menu.table]))
     found = find_candidates(calibration, menu, workers, watch, stage)
     for surgeon in menu.surgeons:
         find_removals(calibration, found, stage, watch)

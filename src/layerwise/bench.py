@@ -26,6 +26,7 @@ from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.technique import Technique, find, parse_technique
 from layerwise.trials import ROLES, Ground, Trial
+from layerwise.wanted import wanted_of
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
@@ -159,7 +160,8 @@ def ground_of(asked: Bench, seed: int, progress: Progress | None) -> Iterator[Gr
     with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
         prepared, calibration, _ = start(asked.options(seed, Path(folder) / "work"), watch)
         try:
-            calibration = replace(calibration, whole_inputs=True)  # whatever the technique, one set of statistics
+            # Whatever the technique, one set of statistics, and what it alone asks for beside them.
+            calibration = replace(calibration, whole_inputs=True, wanted=wanted_of(check(asked).needs))
             forward(calibration, watch)
             yield Ground(prepared, calibration, watch)
         finally:

@@ -39,6 +39,7 @@ from layerwise.sequential import propagate
 from layerwise.technique import SECOND_MOMENT, parse_recipe, parse_tuner
 from layerwise.tuning import tune
 from layerwise.uniform import Baseline, find_baseline
+from layerwise.wanted import wanted_by
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def begin(prepared: Prepared, folder: Path, fingerprint: str) -> Calibration:
     journal = Journal(folder, identity_of(identity(prepared, fingerprint)))
     calibration = Calibration(
         prepared.network, prepared.loss, prepared.splits, journal, prepared.options.seed, prepared.options.device,
-        needs_whole_inputs(prepared),
+        needs_whole_inputs(prepared), wanted_by(recipes_of(prepared)),
     )  # fmt: skip
     for entry in prepared.options.redo:
         redo(calibration, entry.partition("=")[0])
@@ -126,8 +127,12 @@ def begin(prepared: Prepared, folder: Path, fingerprint: str) -> Calibration:
 
 def needs_whole_inputs(prepared: Prepared) -> bool:
     """Whether a technique that may run minimises ``tr(D H D^T)`` itself, and so needs ``H`` whole."""
-    recipes = (*prepared.menu.linear, *prepared.menu.table, *prepared.only.values())
-    return any(SECOND_MOMENT in parse_recipe(recipe).needs for recipe in recipes)
+    return any(SECOND_MOMENT in parse_recipe(recipe).needs for recipe in recipes_of(prepared))
+
+
+def recipes_of(prepared: Prepared) -> tuple[str, ...]:
+    """Every recipe that may run."""
+    return (*prepared.menu.linear, *prepared.menu.table, *prepared.only.values())
 
 
 def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 from layerwise.calibrate.reverse import DRAWS
-from layerwise.calibrate.statistics import LARGEST_FULL_SIDE
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, Wanted
 from layerwise.errors import InputError
 from layerwise.network.network import Network, hidden_width
 from layerwise.prepare import Options, Prepared, recipes_for, site_bytes
 from layerwise.technique import parse_recipe
+from layerwise.wanted import wanted_by
 
 LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass
 
@@ -36,7 +37,8 @@ def disk_needed(prepared: Prepared) -> int:
     padded = sum(b.tokens.numel() for b in prepared.splits.all)
     arriving = 2 if prepared.options.sequential or prepared.options.tune else 0
     states = 0 if network.whole else padded * hidden_width(network) * 4 * (blocks + 1 + 2 * DRAWS + arriving)
-    kept = statistics_bytes(network) if keeps_statistics(prepared.options, network) else 0
+    recipes = (*prepared.menu.linear, *prepared.menu.table, *prepared.only.values())
+    kept = statistics_bytes(network, wanted_by(recipes)) if keeps_statistics(prepared.options, network) else 0
     return states + kept + candidate_bytes(prepared) + 2 * prepared.range.largest
 
 
@@ -47,9 +49,11 @@ def keeps_statistics(options: Options, network: Network) -> bool:
     return options.sequential or (not options.uniform and statistics_bytes(network) <= LARGEST_KEPT)
 
 
-def statistics_bytes(network: Network) -> int:
+def statistics_bytes(network: Network, wanted: Wanted = Wanted()) -> int:
     """Bytes of all sites' statistics on disk."""
-    return sum(4 * (side(s.rows) + 2 * side(s.columns)) for s in network.tree.sites if s.searched)
+    sites = [s for s in network.tree.sites if s.searched]
+    more = sum(4 * s.parameters for s in sites) if wanted.gradient else 0
+    return more + sum(4 * (side(s.rows) + (2 + wanted.sides) * side(s.columns)) for s in sites)
 
 
 def side(width: int) -> int:

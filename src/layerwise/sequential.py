@@ -31,7 +31,7 @@ from layerwise.calibrate.kept import load_statistics
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import Observer, observing
 from layerwise.calibrate.passes import TAIL, Calibration
-from layerwise.calibrate.reverse import counted_rows
+from layerwise.calibrate.rows import counted_rows
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, diagonal, mean_diagonal
 from layerwise.encoding.encoded import Encoded
 from layerwise.engine.journal import identity_of
@@ -61,12 +61,13 @@ class Arrival:
     cross: Tensor = field(init=False)  # sum of y x^T
     moved: Tensor = field(init=False)  # sum of y y^T
     absolute: Tensor = field(init=False)  # sum of |y|
+    largest: Tensor = field(init=False)  # max |y|
     tokens: int = 0
 
     def __post_init__(self) -> None:
         shape = (self.width,) if self.width > LARGEST_FULL_SIDE else (self.width, self.width)
         self.dense, self.cross, self.moved = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
-        self.absolute = torch.zeros(self.width)
+        self.absolute, self.largest = torch.zeros(self.width), torch.zeros(self.width)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Count tokens ``[tokens, width]``."""
@@ -77,6 +78,8 @@ class Arrival:
             else:
                 total.addmm_(a.T, b)
         self.absolute += y.abs().sum(0)
+        if len(y):
+            self.largest = torch.maximum(self.largest, y.abs().amax(0))
         self.tokens += len(x)
 
 
@@ -287,14 +290,24 @@ def carried(statistics: SiteStatistics, arrival: Arrival) -> SiteStatistics:
 def carried_use(use: Use, arrival: Arrival) -> Use:
     count = max(1, arrival.tokens)
     dense, cross, moved = arrival.dense / count, arrival.cross / count, arrival.moved / count
-    if use.columns.dim() == 1 or dense.dim() == 1:
+
+    def side(columns: Tensor) -> Tensor:
+        if columns.dim() == 2 and dense.dim() == 2:
+            return carried_columns(columns, dense, cross, moved)
         before, after = diagonal(dense), diagonal(moved)
-        columns = use.columns if use.columns.dim() == 1 else use.columns.diagonal()
-        columns = columns * torch.where(before > 0, after / before.clamp(min=1e-30), torch.ones_like(before))
-    else:
-        columns = carried_columns(use.columns, dense, cross, moved)
-    inputs = shrunk(moved if use.inputs.dim() == moved.dim() else diagonal(moved), arrival.tokens)
-    return replace(use, columns=columns, inputs=inputs, absolute_mean=arrival.absolute / count, tokens=arrival.tokens)
+        change = torch.where(before > 0, after / before.clamp(min=1e-30), torch.ones_like(before))
+        return diagonal(columns) * change
+
+    return replace(
+        use,
+        columns=side(use.columns),
+        inputs=shrunk(moved if use.inputs.dim() == moved.dim() else diagonal(moved), arrival.tokens),
+        absolute_mean=arrival.absolute / count,
+        tokens=arrival.tokens,
+        importance=use.importance and use.importance.over_sides(side),
+        largest=None if use.largest is None else arrival.largest,
+        attention=None if use.attention is None else side(use.attention),
+    )
 
 
 def carried_columns(columns: Tensor, dense: Tensor, cross: Tensor, moved: Tensor) -> Tensor:

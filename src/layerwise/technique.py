@@ -46,7 +46,14 @@ SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
 INPUT_SQUARES = "second moment of each input alone"  # diag H
 GRADIENT_MOMENT = "marginals of the gradient with respect to the weight"  # R = E[M M^T], C = E[M^T M]
 ABSOLUTE_MEAN = "absolute mean of the inputs"  # E|x|
+TOKEN_IMPORTANCE = "second moment of the inputs, tokens weighed by the attention they receive"  # E[u^k x x^T], k = 1, 2
+WEIGHT_GRADIENT = "magnitude of the gradient at each weight"  # E|M|
+LARGEST_INPUT = "largest absolute value of each input"  # max|x|
+ATTENTION_CURVATURE = "curvature of the attention's output in its queries, keys and values"
 BLOCK_INPUTS = "hidden states at every block boundary"  # for probes: a calibration whose forward pass has run
+
+# What only the reverse pass measures: a uniform setting of a technique that needs one of them takes that pass too.
+OF_THE_REVERSE_PASS = frozenset({GRADIENT_MOMENT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT, ATTENTION_CURVATURE})
 
 
 def option(

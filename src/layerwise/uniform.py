@@ -20,7 +20,7 @@ from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.prepare import Prepared
 from layerwise.rewriting import encoder_of
 from layerwise.sequential import propagate
-from layerwise.technique import GRADIENT_MOMENT, parse_recipe
+from layerwise.technique import OF_THE_REVERSE_PASS, parse_recipe
 
 BASELINE = "gptq"
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -63,7 +63,7 @@ def encode_uniform(
     """Encode one uniform setting on all calibration tokens."""
     network = prepared.network
     linear, table = uniform_recipes(parse_recipe(recipe), embeddings)
-    needs_gradients = GRADIENT_MOMENT in parse_recipe(recipe).needs
+    needs_gradients = bool(OF_THE_REVERSE_PASS & parse_recipe(recipe).needs)
     found = find_candidates(
         calibration,
         Menu((linear,), (str(parse_recipe(table)),)),

@@ -15,7 +15,7 @@ from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
 from layerwise.calibrate.reverse import SplitMoments, add_inputs
-from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
 from layerwise.calibrate.whole import watch_whole
 from layerwise.network.network import output_width
 from layerwise.network.sites import Site
@@ -38,7 +38,8 @@ def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator
             sites = [s for s in network.tree.sites if s.kind == "table"]
         else:
             sites = [s for s in network.tree.of_block(None if unit == TAIL else unit) if s.kind in ("linear", "head")]
-        moments = SplitMoments(frozenset(s.name for s in sites))
+        wanted = Wanted(largest=calibration.wanted.largest)
+        moments = SplitMoments(frozenset(s.name for s in sites), wanted=wanted)
         if unit != TABLES:
             _watch(calibration, streamer, unit, sites, moments)
         yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in sites}, sites), frozenset())
@@ -81,6 +82,7 @@ def _alike(site: Site, moments: SplitMoments) -> Fitted:
         absolute_mean=watched.inputs.absolute_mean(),
         scale=1.0,
         tokens=watched.inputs.count,
+        largest=watched.inputs.largest,
     )
     return Fitted(SiteStatistics((use,)), SiteStatistics((use,)))
 

@@ -9,23 +9,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, mean_diagonal
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, Importance, Wanted, mean_diagonal
 
 TOKENS_PER_INPUT = 2  # fewer tokens than this times the width leave a second moment poorly known
 
 
 class Moment:
-    """Running ``sum v v^T`` (or its diagonal) and ``sum |v|`` over vectors ``v`` of width ``n``."""
+    """Running ``sum v v^T`` (or its diagonal) and ``sum |v|`` over vectors ``v`` of width ``n``.
 
-    def __init__(self, width: int, only_diagonal: bool = False) -> None:
+    Where they are wanted also the greatest ``|v|``, and the sums weighted by the tokens' importance ``u`` and ``u^2``.
+    """
+
+    def __init__(self, width: int, only_diagonal: bool = False, wanted: Wanted = Wanted()) -> None:
         self.only_diagonal = only_diagonal or width > LARGEST_FULL_SIDE
         self.sum = torch.zeros(width) if self.only_diagonal else torch.zeros(width, width)
         self.absolute = torch.zeros(width)
         self.count = 0
         self.closed = False
+        self.largest = torch.zeros(width) if wanted.largest else None
+        self.by_importance: tuple[Tensor, Tensor, Tensor] | None = None  # sums of u v v^T and u^2 v v^T; of u .. u^4
 
-    def add(self, vectors: Tensor) -> None:
-        """``vectors``: ``[tokens, n]``."""
+    def add(self, vectors: Tensor, importance: Tensor | None = None) -> None:
+        """``vectors``: ``[tokens, n]``; ``importance``: ``[tokens]`` in 0..1, given always or never."""
+        if importance is not None:
+            self._add_weighted(vectors, importance)
+        if self.largest is not None and len(vectors):
+            torch.maximum(self.largest, vectors.abs().amax(0).cpu(), out=self.largest)
         if self.only_diagonal:
             self.sum += vectors.square().sum(0).cpu()
         elif self.sum.device == vectors.device:
@@ -45,6 +54,22 @@ class Moment:
 
     def absolute_mean(self) -> Tensor:
         return self.absolute / max(1, self.count)
+
+    def _add_weighted(self, vectors: Tensor, importance: Tensor) -> None:
+        u = importance.to(vectors)[:, None]
+        if self.by_importance is None:
+            self.by_importance = torch.zeros_like(self.sum), torch.zeros_like(self.sum), torch.zeros(4).double()
+        scaled = vectors * u
+        for total, other in zip(self.by_importance, (vectors, scaled), strict=False):
+            total += ((scaled * other).sum(0) if self.only_diagonal else scaled.T @ other).cpu()
+        self.by_importance[2].add_(torch.stack([(u.double() ** k).sum() for k in (1, 2, 3, 4)]).cpu())
+
+    def importance(self, tokens: int) -> Importance | None:
+        """The weighted moments as means, shrunk as ``H`` is where few tokens came; None if no token was weighed."""
+        if self.by_importance is None:
+            return None
+        first, second, powers = (total / max(1, self.count) for total in self.by_importance)
+        return Importance(shrunk(first, tokens, in_place=True), shrunk(second, tokens, in_place=True), powers)
 
 
 def shrunk(moment: Tensor, tokens: int, in_place: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ from layerwise.calibrate.reverse import (
     unreached_sites,
 )
 from layerwise.calibrate.splits import Splits
-from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
 from layerwise.engine.journal import Journal
 from layerwise.engine.progress import Progress
 from layerwise.loss import Loss
@@ -69,6 +69,7 @@ class Calibration:
     seed: int
     device: str = "cpu"
     whole_inputs: bool = True  # some technique asks for E[x x^T] and not only for its diagonal
+    wanted: Wanted = Wanted()  # what else some technique asks for
 
     @property
     def folder(self) -> Path:
@@ -177,7 +178,9 @@ def _run_unit(
     network, loss = calibration.network, calibration.loss
     terms_file = calibration.folder / ("uniform-tail.safetensors" if uniform else "tail.safetensors")
     if unit == TAIL:
-        found = reverse_tail(streamer, loss, batches, split_of, inputs[-1], gradients[-1], calibration.seed)
+        found = reverse_tail(
+            streamer, loss, batches, split_of, inputs[-1], gradients[-1], calibration.seed, calibration.wanted
+        )
         _keep_tail(network, found, terms_file)
         names = [s.name for s in network.tree.of_block(None) if s.kind == "linear"]
         lost = unreached_sites(found, names)
@@ -189,7 +192,7 @@ def _run_unit(
     index = network.tree.blocks.index(unit)
     found = reverse_block(
         streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index],
-        tokens_alone=loss.kind == "token kl", whole_inputs=calibration.whole_inputs,
+        tokens_alone=loss.kind == "token kl", whole_inputs=calibration.whole_inputs, wanted=calibration.wanted,
     )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.calibrate.activations import Boundary
+from layerwise.calibrate.attention import token_importance, watching_attention
+from layerwise.calibrate.attention_curvature import attention_curvature
 from layerwise.calibrate.moments import Moment, shrunk
 from layerwise.calibrate.observer import observing
-from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, diagonal
+from layerwise.calibrate.rows import by_example, counted_rows, importance_of_rows
+from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, Wanted, diagonal
 from layerwise.loss import Loss
 from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
@@ -36,6 +39,8 @@ class Watched:
     inputs:    sum of x x^T, shared by the sites that are given the same tensor.
     gradients: for a head, the diagonal of its predictions' curvature; else only the number of gradients seen.
     left/right: sums of M M^T and M^T M over examples and draws; absent for a head.
+    gradient:   sum of |M| over whole texts (windows, images) and draws, if it is wanted.
+    attention:  sum over tokens of the attention's column curvature, if it is wanted and the site has one.
     """
 
     inputs: Moment
@@ -44,6 +49,9 @@ class Watched:
     right: Tensor | None = None
     samples: int = 0
     left_samples: int = 0
+    gradient: Tensor | None = None
+    gradient_samples: int = 0
+    attention: Tensor | None = None
 
 
 @dataclass
@@ -56,6 +64,7 @@ class SplitMoments:
     whole: frozenset[str]
     sites: dict[str, Watched] = field(default_factory=dict)
     terms: int = 0
+    wanted: Wanted = Wanted()
 
     def statistics(self, name: str, constant: float) -> SiteStatistics:
         """The site's use, as the table in ``calibrate/statistics.py`` has it; moments shrunk where few tokens came.
@@ -80,6 +89,10 @@ class SplitMoments:
             absolute_mean=watched.inputs.absolute_mean(),
             scale=scale,
             tokens=tokens,
+            importance=watched.inputs.importance(tokens),
+            gradient=None if watched.gradient is None else watched.gradient / watched.gradient_samples,
+            largest=watched.inputs.largest,
+            attention=None if watched.attention is None else shrunk(watched.attention / max(1, tokens), tokens, True),
         )
         return SiteStatistics((use,))
 
@@ -89,30 +102,25 @@ def add_inputs(
     seen: dict[str, tuple[Tensor, Tensor]],
     batch: Batch,
     routed: Mapping[str, Tensor] = NONE_ROUTED,
+    importance: Tensor | None = None,
 ) -> None:
     """Add this batch's inputs; linears that were given the very same tensor get the very same moment.
 
     routed: for an expert's linears, which of the batch's tokens their rows are.
+    importance: of every token, ``[sequences, length]``, where it is wanted and the block has attention.
     """
     measured: dict[int, Moment] = {}
     for name, (given, output) in seen.items():
         key = given.data_ptr()
         if key not in measured:
             watched = moments.sites.get(name)
-            moment = watched.inputs if watched else Moment(given.shape[-1], only_diagonal=name not in moments.whole)
-            moment.add(counted_rows(given.detach(), batch, routed.get(name)))
+            wanted = moments.wanted
+            moment = watched.inputs if watched else Moment(given.shape[-1], name not in moments.whole, wanted)
+            weights = importance_of_rows(importance, given, batch, routed.get(name))
+            moment.add(counted_rows(given.detach(), batch, routed.get(name)), weights)
             measured[key] = moment
         if name not in moments.sites:
             moments.sites[name] = Watched(measured[key], Moment(output.shape[-1], only_diagonal=True))
-
-
-def counted_rows(values: Tensor, batch: Batch, routed: Tensor | None = None) -> Tensor:
-    """``[tokens, n]`` of ``[sequences, length, n]`` without padding; values with one row a text are kept whole."""
-    if routed is not None:
-        return values if batch.mask is None else values[batch.counted.to(values.device).flatten()[routed]]
-    if values.dim() == 3 and values.shape[:2] == batch.tokens.shape and batch.mask is not None:
-        return values[batch.counted.to(values.device)]
-    return values.reshape(-1, values.shape[-1])
 
 
 def reverse_block(
@@ -125,23 +133,29 @@ def reverse_block(
     gradients_in: Boundary,
     tokens_alone: bool,
     whole_inputs: bool = True,
+    wanted: Wanted = Wanted(),
 ) -> dict[str, SplitMoments]:
     """Moments of a block's linears per split; writes the gradients at the block's input, ``[draws, …]`` a batch."""
     path = streamer.network.tree.blocks[index]
     names = {s.name.removeprefix(path + "."): s.name for s in streamer.network.tree.of_block(path)}
     whole = frozenset(names.values()) if whole_inputs else frozenset()
-    found = {split: SplitMoments(whole) for split in dict.fromkeys(split_of)}
+    found = {split: SplitMoments(whole, wanted=wanted) for split in dict.fromkeys(split_of)}
 
     def run() -> Iterator[Tensor]:
         with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     call = enter(batch, index)[1]
-                with torch.enable_grad():
+                with torch.enable_grad(), watching_attention(wanted.importance or wanted.attention) as calls:
                     hidden = inputs.read(i).to(streamer.device).requires_grad_()
                     output = streamer.run_block(block, hidden, call)
-                moments = found[split_of[i]]
-                add_inputs(moments, observer.seen, batch, observer.routed)
+                moments, importance = found[split_of[i]], token_importance(calls, batch) if wanted.importance else None
+                add_inputs(moments, observer.seen, batch, observer.routed, importance)
+                if wanted.attention:
+                    members = {name: block.get_submodule(path) for path, name in names.items()}
+                    for name, side in attention_curvature(calls, observer.seen, members, batch).items():
+                        total = moments.sites[name].attention
+                        moments.sites[name].attention = side if total is None else total.add_(side)
                 directions = gradients_out.read(i).to(output.device)
                 yield back_propagate(
                     output, hidden, observer.seen, directions, moments, batch, tokens_alone, observer.routed
@@ -184,6 +198,10 @@ def back_propagate(
             if gradient is None:
                 continue
             watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone, routed.get(name))
+            if moments.wanted.gradient:
+                add_magnitude(
+                    watched, *(by_example(v, batch, False, routed.get(name)) for v in (gradient, seen[name][0]))
+                )
             if name in direct:
                 add_products(watched, g.transpose(1, 2) @ inputs[name], draw < LEFT_DRAWS)
                 continue
@@ -212,6 +230,14 @@ def add_products(watched: Watched, products: Tensor, left: bool) -> None:
     watched.right = added(watched.right, products, products)
 
 
+def add_magnitude(watched: Watched, gradients: Tensor, inputs: Tensor) -> None:
+    """Add ``|M|`` of each text to the sum; ``[texts, T, rows]`` and ``[texts, T, columns]``, one text at a time."""
+    for g, x in zip(gradients, inputs.detach(), strict=True):
+        size = (g.T @ x).abs_().cpu()
+        watched.gradient = size if watched.gradient is None else watched.gradient.add_(size)
+    watched.gradient_samples += len(gradients)
+
+
 def gram(values: Tensor) -> Tensor:
     """``V V^T`` of each example: ``[examples, T, n]`` -> ``[examples, T, T]``."""
     if values.shape[1] == 1:
@@ -222,27 +248,6 @@ def gram(values: Tensor) -> Tensor:
 def coupled(weights: Tensor, values: Tensor) -> Tensor:
     """``K V`` of each example: ``[examples, T, T]`` times ``[examples, T, n]``."""
     return weights * values if values.shape[1] == 1 else weights @ values
-
-
-def by_example(values: Tensor, batch: Batch, tokens_alone: bool, routed: Tensor | None = None) -> Tensor:
-    """``[examples, T, n]`` with zeros at padding, so that padding never counts; one row a text becomes ``T = 1``.
-
-    tokens_alone: every token is an example. Where each token has a loss term of its own the errors of different
-    tokens hardly meet in one term, and single tokens are many more samples than windows.
-    routed: rows that an expert was sent go back to their places in the batch, with zeros at all others.
-    """
-    if routed is not None:
-        if tokens_alone:
-            return counted_rows(values, batch, routed).unsqueeze(1)
-        spread = values.new_zeros(batch.tokens.numel(), values.shape[-1]).index_copy(0, routed, values)
-        return spread.view(*batch.tokens.shape, -1) * batch.counted.to(values.device).unsqueeze(-1)
-    if values.dim() == 2:
-        return values.unsqueeze(1)
-    if tokens_alone:
-        return counted_rows(values, batch).unsqueeze(1)
-    if batch.mask is None or values.shape[:2] != batch.tokens.shape:
-        return values
-    return values * batch.counted.to(values.device).unsqueeze(-1)
 
 
 def added(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
@@ -265,6 +270,7 @@ def reverse_tail(
     inputs: Boundary,
     gradients: Boundary,
     seed: int,
+    wanted: Wanted = Wanted(),
 ) -> dict[str, SplitMoments]:
     """Sample the loss's gradient at the last hidden state; moments of the linears after the blocks and of the head.
 
@@ -275,7 +281,7 @@ def reverse_tail(
     names = {s.name: s.name for s in network.tree.of_block(None) if s.kind == "linear"}
     if head is not None:
         names[head] = head
-    found = {split: SplitMoments(frozenset(names)) for split in dict.fromkeys(split_of)}
+    found = {split: SplitMoments(frozenset(names), wanted=wanted) for split in dict.fromkeys(split_of)}
     vocabulary = network.module.get_parameter(f"{head}.weight").shape[0] if head else 1
 
     def run() -> Iterator[Tensor]:

@@ -25,6 +25,10 @@ linear         E[M M^T]                 E[M^T M]                    c * examples
 table          token counts (diagonal)  G of the looked-up vectors  c / n_loss
 head           E[p (1 - p)] (diagonal)  H = E[x x^T]                c * n_site / n_loss
 =============  =======================  ==========================  ================================
+
+What only some techniques ask for costs time and memory, so it is gathered only when one of a run does (``Wanted``):
+second moments under token importance, the magnitude of the gradient at each weight, the largest inputs, what
+queries, keys and values do to the output of their attention.
 """
 
 from __future__ import annotations
@@ -44,6 +48,69 @@ Derived = TypeVar("Derived")
 
 
 @dataclass(frozen=True)
+class Wanted:
+    """Which optional measurements a run gathers. Each is a field of ``Use`` that is None otherwise."""
+
+    importance: bool = False
+    gradient: bool = False
+    largest: bool = False
+    attention: bool = False
+
+    @property
+    def sides(self) -> int:
+        """How many more second moments of the inputs a site keeps."""
+        return 2 * self.importance + self.attention
+
+
+@dataclass(frozen=True)
+class Importance:
+    """Second moments of the inputs in which tokens weigh by their importance, for any least weight.
+
+    A token's importance in its sequence is ``u`` in [0, 1]. A technique maps it to ``r = least + (1 - least) u`` and
+    weighs by ``w = r^power``, power 1 or 2. That is a polynomial in ``u``, so these moments hold every such choice:
+
+        E[w x x^T] = c_0 H + c_1 first + c_2 second,      E[w^k] from the powers of u
+
+    first, second:  E[u x x^T] and E[u^2 x x^T], of the shape of H.
+    powers:         E[u], E[u^2], E[u^3], E[u^4], float64 [4].
+    """
+
+    first: Tensor
+    second: Tensor
+    powers: Tensor
+
+    def weighted(self, inputs: Tensor, least: float, power: int) -> Tensor:
+        """``E[w x x^T] / E[w]``, where ``inputs`` is H; H itself, bit for bit, where all tokens weigh alike."""
+        if self.effective(least, power) >= 1:
+            return inputs
+        c = _coefficients(least, power) / self._mean(_coefficients(least, power))
+        out = inputs * float(c[0]) + self.first * float(c[1])
+        return out + self.second * float(c[2]) if power == 2 else out
+
+    def effective(self, least: float, power: int) -> float:
+        """``E[w]^2 / E[w^2]``: the share of the tokens that as good as counts, 1 where all weigh alike."""
+        c = _coefficients(least, power)
+        square = torch.stack([sum(c[i] * c[k - i] for i in range(3) if 0 <= k - i < 3) for k in range(5)])  # type: ignore[misc]
+        share = self._mean(c) ** 2 / max(self._mean(square), 1e-300)
+        return 1.0 if share > 1 - 1e-9 else share
+
+    def _mean(self, coefficients: Tensor) -> float:
+        """Mean of a polynomial in u."""
+        powers = torch.cat([torch.ones(1, dtype=torch.float64), self.powers.double()])
+        return float(coefficients @ powers[: len(coefficients)])
+
+    def over_sides(self, change: Callable[[Tensor], Tensor]) -> Importance:
+        """The same with both second moments changed."""
+        return Importance(change(self.first), change(self.second), self.powers)
+
+
+def _coefficients(least: float, power: int) -> Tensor:
+    """c of ``w = c_0 + c_1 u + c_2 u^2``, float64 [3]."""
+    a, b = least, 1 - least
+    return torch.tensor([a, b, 0.0] if power == 1 else [a * a, 2 * a * b, b * b], dtype=torch.float64)
+
+
+@dataclass(frozen=True)
 class Use:
     """One use of a stored matrix ``[rows, columns]``.
 
@@ -53,6 +120,13 @@ class Use:
     absolute_mean:  mean ``|x|`` of each input, ``[columns]``.
     scale:          factor that turns ``tr(R D C D^T)`` into the loss's unit.
     tokens:         tokens that were measured.
+
+    Only where the run wants them (``Wanted``) and the use has them:
+
+    importance:     second moments of the inputs under the tokens' importance in their block's attention.
+    gradient:       mean over texts of ``|M|``, M the gradient of a text's loss at the matrix, ``[rows, columns]``.
+    largest:        the largest ``|x|`` of each input, ``[columns]``.
+    attention:      for queries, keys and values: column curvature of the attention's output, of the shape of H.
     """
 
     rows: Tensor
@@ -61,6 +135,10 @@ class Use:
     absolute_mean: Tensor
     scale: float
     tokens: int
+    importance: Importance | None = None
+    gradient: Tensor | None = None
+    largest: Tensor | None = None
+    attention: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +183,25 @@ class SiteStatistics:
     @property
     def absolute_mean(self) -> Tensor:
         return self.uses[0].absolute_mean
+
+    @property
+    def importance(self) -> Importance | None:
+        """None where it was not measured, and where the matrix has several uses."""
+        return self.uses[0].importance if len(self.uses) == 1 else None
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """None where it was not measured, and where the matrix has several uses."""
+        return self.uses[0].gradient if len(self.uses) == 1 else None
+
+    @property
+    def largest(self) -> Tensor | None:
+        return self.uses[0].largest
+
+    @property
+    def attention(self) -> Tensor | None:
+        """None where it was not measured, where it has no meaning, and where the matrix has several uses."""
+        return self.uses[0].attention if len(self.uses) == 1 else None
 
     @property
     def tokens(self) -> int:
@@ -154,4 +251,15 @@ def _merged_use(a: Use, b: Use) -> Use:
         absolute_mean=mean(a.absolute_mean, b.absolute_mean, share),
         scale=scale,
         tokens=a.tokens + b.tokens,
+        importance=_merged_importance(a.importance, b.importance, share),
+        gradient=None if a.gradient is None or b.gradient is None else mean(a.gradient, b.gradient, share),
+        largest=None if a.largest is None or b.largest is None else torch.maximum(a.largest, b.largest),
+        attention=None if a.attention is None or b.attention is None else mean(a.attention, b.attention, share),
     )
+
+
+def _merged_importance(a: Importance | None, b: Importance | None, share: float) -> Importance | None:
+    if a is None or b is None:
+        return None
+    pairs = ((a.first, b.first), (a.second, b.second), (a.powers, b.powers))
+    return Importance(*(torch.lerp(y, x, share) for x, y in pairs))

@@ -12,6 +12,7 @@ import torch
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import TAIL, Calibration, Part, fitted_sites
 from layerwise.calibrate.reverse import DRAWS, SplitMoments, add_inputs, back_propagate, unreached_sites
+from layerwise.calibrate.statistics import Wanted
 from layerwise.network.module import running
 
 
@@ -24,7 +25,7 @@ def reverse_whole(calibration: Calibration, finished: Collection[str], uniform: 
     split_of = ["fit"] * len(batches) if uniform else ["fit"] * len(splits.fit) + ["judge"] * len(splits.judge)
     names = [s.name for s in network.tree.sites]
     whole = frozenset(names) if calibration.whole_inputs else frozenset()
-    found = {split: SplitMoments(whole) for split in dict.fromkeys(split_of)}
+    found = {split: SplitMoments(whole, wanted=calibration.wanted) for split in dict.fromkeys(split_of)}
     with (
         running(network, device=calibration.device) as run,
         observing(network.module, dict(zip(names, names, strict=True)), apart=True) as observer,
@@ -49,7 +50,7 @@ def reverse_whole(calibration: Calibration, finished: Collection[str], uniform: 
 def watch_whole(calibration: Calibration) -> SplitMoments:
     """Second moments of every site's inputs over all batches, without gradients."""
     names = [s.name for s in calibration.network.tree.sites]
-    moments = SplitMoments(frozenset(names))
+    moments = SplitMoments(frozenset(names), wanted=Wanted(largest=calibration.wanted.largest))
     with (
         running(calibration.network, device=calibration.device) as run,
         observing(calibration.network.module, dict(zip(names, names, strict=True)), apart=True) as observer,

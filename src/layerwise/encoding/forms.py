@@ -17,6 +17,7 @@ from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.mixed import Mixed
 from layerwise.encoding.outliers import Outliers
 from layerwise.encoding.power import Power
+from layerwise.encoding.scattered import Scattered
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.split import Split
 from layerwise.encoding.sums import Sum
@@ -33,6 +34,7 @@ FORMS: dict[str, type[Encoded]] = {
         Sum,
         Sparse,
         Outliers,
+        Scattered,
         Directed,
         Mixed,
         Ternary,

@@ -92,6 +92,12 @@ def scaled(statistics: SiteStatistics, rows: Tensor | None = None, columns: Tens
             return value
         return value * factor.square() if value.dim() == 1 else value * factor[:, None] * factor[None, :]
 
+    def at_weights(value: Tensor | None) -> Tensor | None:
+        for place, factor in enumerate((rows, columns)):
+            if value is not None and factor is not None:
+                value = value * factor.abs().unsqueeze(1 - place)
+        return value
+
     uses = tuple(
         replace(
             u,
@@ -99,6 +105,10 @@ def scaled(statistics: SiteStatistics, rows: Tensor | None = None, columns: Tens
             columns=side(u.columns, columns),
             inputs=side(u.inputs, columns),
             absolute_mean=u.absolute_mean if columns is None else u.absolute_mean * columns.abs(),
+            importance=u.importance and u.importance.over_sides(lambda s: side(s, columns)),
+            gradient=at_weights(u.gradient),
+            attention=None if u.attention is None else side(u.attention, columns),
+            largest=u.largest if columns is None or u.largest is None else u.largest * columns.abs(),
         )
         for u in statistics.uses
     )
