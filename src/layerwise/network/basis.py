@@ -52,7 +52,7 @@ class StreamNorm:
 
 @dataclass(frozen=True)
 class Heads:
-    """Values and output projection of one attention: ``rows`` of ``values`` along ``axis`` come in heads of ``size``."""
+    """Values and output projection of an attention: ``rows`` of ``values`` along ``axis`` come in heads of ``size``."""
 
     size: int
     values: str

@@ -91,7 +91,9 @@ class _BasisTrial:
             parts.append(_below(kinds[kind], path))
         first = self.enter(any(part.keeps_ones for part in parts))
         last = self.leave(any(part.keeps_ones for part in parts), first)
-        writers, norms, heads = dict(first), [], []
+        writers = dict(first)
+        norms: list[StreamNorm] = []
+        heads: list[Heads] = []
         for part in (*parts, last):
             writers |= part.writers
             norms += part.norms
@@ -243,10 +245,9 @@ class _BasisTrial:
             for axis, size in enumerate(parameter.shape):
                 if size != self.width or parameter.dim() < 2 or name in own or name in found:
                     continue
-                hidden_half = self.moved_by(parameter, axis, self.half, run, out)
-                if hidden_half.norm() <= NOTHING * change:
-                    if self.moved_by(parameter, axis, ~self.half, run, out).norm() > NOTHING * change:
-                        found[name] = axis
+                moved = [self.moved_by(parameter, axis, half, run, out).norm() for half in (self.half, ~self.half)]
+                if moved[0] <= NOTHING * change < moved[1]:
+                    found[name] = axis
         restore(kept)
         return found
 

@@ -15,7 +15,8 @@ The order is rotate, then scale, then encode: ``--rewrite hadamard`` comes befor
 see the rotated network.
 
 Measured on docs-lm (2.4 M parameters, no outliers), groups of 64, see the evidence rows: a rotation spreads what a
-group's grid could have followed, and round to nearest gains little or loses; what it is for is activations with outliers.
+group's grid could have followed, and round to nearest gains little or loses; what it is for is activations with
+outliers.
 
 Source: Ashkboos et al., *QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs*, arXiv 2404.00456; incoherence by
 rotation is from Chee et al., *QuIP*, arXiv 2307.13304. Left out are the paper's online rotations (the input of the
