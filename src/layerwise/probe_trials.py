@@ -24,7 +24,7 @@ from layerwise.technique import parse_probe, parse_recipe
 from layerwise.trials import FLOOR, GROUP, Figures, Ground, Side, Trial
 
 BITS = 3
-METRIC = "1 - |rank correlation|"
+METRIC = "1 - rank correlation, unsigned"
 FEWEST = 3  # places: two are in order by chance
 
 

@@ -217,7 +217,8 @@ class _BasisTrial:
                 if axis is not None and (name, axis) not in taken:
                     writers[name] = axis
                     break
-            if not moved and parameter.dim() > 1 and not any(name in found for found in readers.values()):
+            known = moved or parameter.dim() < 2 or any(name in found for found in readers.values())
+            if not known and not self.writes(parameter, run, run(), change)[1]:
                 idle.append(name)
         for name in idle:  # an expert that no token of the trial was sent to is like the others
             like = next((n for n in (*writers, *_names(readers)) if _numberless(n) == _numberless(name)), None)

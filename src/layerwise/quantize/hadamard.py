@@ -14,9 +14,11 @@ parameters more), as the last norm's gain is folded into one and not into the ot
 The order is rotate, then scale, then encode: ``--rewrite hadamard`` comes before calibration, so AWQ and the encoders
 see the rotated network.
 
-Measured on docs-lm (2.4 M parameters, no outliers), groups of 64, see the evidence rows: a rotation spreads what a
-group's grid could have followed, and round to nearest gains little or loses; what it is for is activations with
-outliers.
+Measured on docs-lm (2.4 M parameters, no outlier channels), groups of 64, KL at 4 / 3 / 2 bits: GPTQ 0.0173 / 0.0750 /
+0.394 as it is and 0.0178 / 0.0766 / 0.408 rotated; round to nearest 0.0210 / 0.0866 / 0.427 and 0.0221 / 0.0940 /
+0.451.
+Rotation makes weights Gaussian, and a small trained network's are easier to round than that; it pays where a few
+channels are far larger than the others, as in large networks, and for activations.
 
 Source: Ashkboos et al., *QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs*, arXiv 2404.00456; incoherence by
 rotation is from Chee et al., *QuIP*, arXiv 2307.13304. Left out are the paper's online rotations (the input of the
