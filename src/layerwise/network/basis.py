@@ -17,14 +17,16 @@ Q = I this is the folding of norms into their readers. Inside an attention the v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import InputError
 
+T = TypeVar("T")
 Read = Callable[[str], Tensor]  # parameter -> its values
 MOST = 1e4  # of a bias over its gain, times the largest gain: beyond it float32 would lose what it should keep
 
@@ -79,6 +81,28 @@ class BasisStream:
     def keeps_ones(self) -> bool:
         """Whether a LayerNorm reads it, which only rotations that keep 1 commute with."""
         return any(norm.centres for norm in self.norms)
+
+    def below(self, path: str) -> BasisStream:
+        """The same with every name below a module's path."""
+
+        def named(values: Mapping[str, T]) -> dict[str, T]:
+            return {f"{path}.{name}": value for name, value in values.items()}
+
+        norms = tuple(
+            StreamNorm(
+                f"{path}.{n.path}", f"{path}.{n.gain}", None if n.bias is None else f"{path}.{n.bias}", n.centres,
+                named(n.readers), {r: f"{path}.{b}" for r, b in named(n.biases).items()},
+            )
+            for n in self.norms
+        )  # fmt: skip
+        heads = tuple(
+            replace(
+                h, values=f"{path}.{h.values}", bias=None if h.bias is None else f"{path}.{h.bias}",
+                output=f"{path}.{h.output}",
+            )
+            for h in self.heads
+        )  # fmt: skip
+        return BasisStream(self.width, named(self.writers), norms, heads)
 
 
 Changes = dict[str, Callable[[Tensor], Tensor]]

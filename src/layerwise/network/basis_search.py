@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import InputError
 from layerwise.network.basis import BasisStream, Heads, StreamNorm, changes_of
+from layerwise.network.basis_heads import apply, find_heads, head_size, restore
 from layerwise.network.network import Network
 from layerwise.network.orthogonal import mixing
 from layerwise.network.residual import SAME, Example, RandomWeights, evaluating, example_inputs, numbers, seen_in
@@ -88,7 +89,7 @@ class _BasisTrial:
             kind = (type(self.module.get_submodule(path)), tuple((n, p.shape) for n, p in named.items()))
             if kind not in kinds:
                 kinds[kind] = self.block(index)
-            parts.append(_below(kinds[kind], path))
+            parts.append(kinds[kind].below(path))
         first = self.enter(any(part.keeps_ones for part in parts))
         last = self.leave(any(part.keeps_ones for part in parts), first)
         writers = dict(first)
@@ -152,9 +153,11 @@ class _BasisTrial:
             self.refuse_post_norm(block, path, norms, seen, run, hidden, out)
             readers, writers = self.roles(parameters, norms, run, change, path)
             stream = BasisStream(self.width, writers, self.norms(block, norms, readers, parameters))
-            stream = replace(stream, heads=self.heads(block, stream, parameters, run, change))
+            turn_head = lambda size: mixing(size, self.seed + 2, random=True)  # noqa: E731
+            size = head_size(self.module, block)
+            stream = replace(stream, heads=find_heads(stream, parameters, size, turn_head, run, change))
             turn = self.turn(stream.keeps_ones)
-            apply(parameters, stream, turn, lambda size: mixing(size, self.seed + 2, random=True))
+            apply(parameters, stream, turn, turn_head)
             if (run(hidden @ turn.to(hidden)) - out @ turn.to(out)).norm() > SAME * change:
                 raise self.refusal(f"{path} is another function in another basis of its residual stream")
         return stream
@@ -270,39 +273,6 @@ class _BasisTrial:
             made.append(StreamNorm(path, f"{path}.weight", bias, isinstance(norm, nn.LayerNorm), found, biases))
         return tuple(made)
 
-    def heads(
-        self,
-        block: nn.Module,
-        stream: BasisStream,
-        parameters: Mapping[str, nn.Parameter],
-        run: Callable[[], Tensor],
-        change: float,
-    ) -> tuple[Heads, ...]:
-        """Values whose heads can be turned, with the projection that takes it back; found by turning them."""
-        size = head_size(self.module, block)
-        turn = lambda width: mixing(width, self.seed + 2, random=True)  # noqa: E731
-        out = run()
-        readers = {r: axis for norm in stream.norms for r, axis in norm.readers.items()}
-        for output, written in stream.writers.items():
-            inner = parameters[output]
-            if inner.dim() != 2 or size is None or inner.shape[1 - written] % size:
-                continue
-            for values, axis in readers.items():
-                for rows in layouts(parameters[values], axis, inner.shape[1 - written], size):
-                    bias = values.removesuffix("weight") + "bias"
-                    pair = Heads(
-                        size, values, 1 - axis, bias if bias in parameters and bias != values else None, rows, output,
-                        1 - written,
-                    )  # fmt: skip
-                    only = BasisStream(self.width, {}, (), (pair,))
-                    kept = [(p, p.clone()) for n, p in parameters.items() if n in (values, bias, output)]
-                    apply(parameters, only, None, turn)
-                    same = (run() - out).norm() <= SAME * SAME * 10 * change
-                    restore(kept)
-                    if same:
-                        return (pair,)
-        return ()
-
     # ------------------------------------------------------------ after the blocks
 
     def leave(self, keeps_ones: bool, writers: Mapping[str, int]) -> BasisStream:
@@ -388,71 +358,6 @@ class _BasisTrial:
                 if float(difference[..., ~self.half].norm()) <= SAME * total:
                     return axis, True
         return None, moved
-
-
-def apply(
-    parameters: Mapping[str, nn.Parameter],
-    stream: BasisStream,
-    turn: Tensor | None,
-    heads: Callable[[int], Tensor] | None,
-) -> None:
-    """Change a part's parameters in place; all new values are made from the old ones."""
-    before = {n: p.clone() for n, p in parameters.items()}
-    for name, change in changes_of(stream, before.__getitem__, turn, heads).items():
-        parameters[name].copy_(change(before[name]))
-
-
-def restore(kept: Iterable[tuple[Tensor, Tensor]]) -> None:
-    for parameter, value in kept:
-        parameter.copy_(value)
-
-
-def head_size(module: nn.Module, block: nn.Module) -> int | None:
-    """Width of an attention head: what a module of the block says of itself, else what the config says."""
-    for member in block.modules():
-        for name in ("head_dim", "attention_head_size", "head_size"):
-            if isinstance(found := getattr(member, name, None), int):
-                return found
-    config = getattr(module, "config", None)
-    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else None
-
-
-def layouts(values: Tensor, axis: int, inner: int, size: int) -> list[tuple[int, int, int]]:
-    """Where the values' rows may lie in a reader: all of it, behind queries and keys, or in turns with them."""
-    if values.dim() != 2:
-        return []
-    rows = values.shape[1 - axis]
-    found = [(0, rows, 1)] if rows % size == 0 and rows <= inner else []
-    behind = (rows - inner) // 2  # queries as wide as the output projection's input, then keys and values
-    if behind > 0 and behind % size == 0 and rows == inner + 2 * behind:
-        found.append((rows - behind, rows, 1))
-    if rows == 3 * inner:
-        found.append((0, rows, 3))
-    return found
-
-
-def _below(stream: BasisStream, path: str) -> BasisStream:
-    """The same with every name below a block's path."""
-
-    def named(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {f"{path}.{name}": value for name, value in values.items()}
-
-    norms = tuple(
-        StreamNorm(
-            f"{path}.{n.path}", f"{path}.{n.gain}", None if n.bias is None else f"{path}.{n.bias}", n.centres,
-            named(n.readers), {r: f"{path}.{b}" for r, b in named(n.biases).items()},
-        )
-        for n in stream.norms
-    )  # fmt: skip
-    heads = tuple(
-        replace(
-            h, values=f"{path}.{h.values}", bias=None if h.bias is None else f"{path}.{h.bias}",
-            output=f"{path}.{h.output}",
-        )
-        for h in stream.heads
-    )  # fmt: skip
-    return BasisStream(stream.width, named(stream.writers), norms, heads)
 
 
 def _names(readers: Mapping[str, Mapping[str, int]]) -> list[str]:
