@@ -63,6 +63,36 @@ def test_an_allocator_is_held_against_a_uniform_setting(given: dict[str, Any]) -
     assert rows[0].value < rows[0].baseline.value
 
 
+def test_a_rewrite_of_a_network_is_exact_and_held_against_rounding_without_it(
+    given: dict[str, Any], tiny_gpt2: Path
+) -> None:
+    exact, *rows = bench(Bench("pre_rmsnorm", **{**given, "network": str(tiny_gpt2)}, seeds=(0,))).rows
+    assert exact.setting == "pre_rmsnorm, nothing rounded" and exact.metric == "largest difference of the outputs"
+    assert exact.value < 1e-5 < exact.baseline.value
+    assert [row.setting for row in rows] == [f"pre_rmsnorm, then rtn:bits={bits},group=64" for bits in (4, 3, 2)]
+    assert all(row.metric == "kl" and row.bytes == row.baseline.bytes for row in rows)
+    assert rows[0].value < rows[1].value < rows[2].value
+
+
+def test_a_rewrite_that_no_checkpoint_holds_is_measured_in_memory(given: dict[str, Any], tiny_gpt2: Path) -> None:
+    exact, *rows = bench(Bench("pre_crmsnorm", **{**given, "network": str(tiny_gpt2)}, seeds=(0,))).rows
+    assert exact.value < 1e-5
+    assert all(row.bytes < row.baseline.bytes for row in rows)
+
+
+def test_a_probe_is_held_against_sizes_and_places(given: dict[str, Any]) -> None:
+    rows = bench(Bench("spectrum_alpha:smallest=10", **given, seeds=(0,))).rows
+    assert [row.baseline.recipe for row in rows] == ["number of weights", "place in the network"]
+    assert all(0 <= row.value <= 1 and "rank correlation" in row.metric for row in rows)
+    with pytest.raises(InputError, match=r"figures for 2 places of .*; 3 are needed"):
+        bench(Bench("block_influence", **given, seeds=(0,)))
+
+
+def test_the_example_of_a_rewrite_is_one_that_it_accepts(docs_lm: Path) -> None:
+    assert module._example("pre_rmsnorm")[0].endswith("docs-gpt2")
+    assert module._example("hadamard")[0] == str(docs_lm) == module._example("gptq")[0]
+
+
 def test_settings_come_from_the_name_the_menu_or_the_widths() -> None:
     assert settings_of("gptq:bits=3,group=32") == ["gptq:bits=3,group=32"]
     assert settings_of("gptq") == [f"gptq:bits={bits},group=64" for bits in (4, 3, 2)]

@@ -24,10 +24,15 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
-from layerwise.technique import Technique, find, parse_technique
-from layerwise.trials import ROLES, Ground, Trial
+from layerwise.probe_trials import probe_trials
+from layerwise.technique import NetworkRewrite, Probe, Technique, find, parse_technique
+from layerwise.trials import ROLES as BY_LOSS
+from layerwise.trials import Ground, Trial
 from layerwise.wanted import wanted_of
+from layerwise.whole_trials import accepts, network_rewrite_trials
 
+ROLES = {**BY_LOSS, NetworkRewrite.role: network_rewrite_trials, Probe.role: probe_trials}
+NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
 
@@ -56,7 +61,7 @@ class Bench:
     def options(self, seed: int, work: Path) -> Options:
         """The run of one seed. One thread, because threads order the sums and so decide the last digits."""
         if self.network is None:
-            network, calibrate, evaluate = _example()
+            network, calibrate, evaluate = _example(self.technique)
         else:
             network, calibrate, evaluate = self.network, self.calibrate or "", self.evaluate or ""
         return Options(
@@ -93,7 +98,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
         Row(
             network=network,
             data=data,
-            metric=metric,
+            metric=found[0][0].figures.metric if found[0][0].figures else metric,
             setting=found[0][0].setting.recipe,
             bytes=max(trial.setting.bytes for trial, _, _ in found),
             value=_figure(statistics.fmean(mine for _, mine, _ in found)),
@@ -138,13 +143,24 @@ def check(asked: Bench) -> type[Technique]:
     if any(given) and not all(given):
         raise InputError("give --network, --calibrate and --evaluate together, or none of them for the example network")
     if not any(given):
-        _example()
+        _example(asked.technique)
     return technique
 
 
-def _example() -> tuple[str, str, str]:
-    """Network, calibration text and held-out text of the repository's examples."""
-    found = tuple(EXAMPLES / name for name in ("docs-lm", "docs_calibrate.txt", "docs_heldout.txt"))
+def _example(technique: str) -> tuple[str, str, str]:
+    """Network, calibration text and held-out text of the repository's examples.
+
+    The network is the first that a rewrite of whole networks accepts; raises its refusal where it accepts none.
+    """
+    texts = [EXAMPLES / name for name in ("docs_calibrate.txt", "docs_heldout.txt")]
+    networks = [EXAMPLES / name for name in NETWORKS]
+    refusals: list[InputError] = []
+    if issubclass(find(technique.partition(":")[0]), NetworkRewrite) and all(path.exists() for path in networks):
+        refusals = [refusal for path in networks if (refusal := accepts(technique, path)) is not None]
+        if len(refusals) == len(networks):
+            raise refusals[0]
+        networks = [path for path in networks if accepts(technique, path) is None]
+    found = (networks[0], *texts)
     if not all(path.exists() for path in found):
         raise InputError(
             "the example network is part of a source checkout, which this is not; "
@@ -169,17 +185,28 @@ def ground_of(asked: Bench, seed: int, progress: Progress | None) -> Iterator[Gr
 
 
 def measured(ground: Ground, trials: Sequence[Trial]) -> list[tuple[float, float]]:
-    """(loss of the setting, loss of the baseline) of every trial, in one pass over the held-out text."""
+    """(loss of the setting, loss of the baseline) of every trial, in one pass over the held-out text.
+
+    Trials that come with figures have been measured.
+    """
     prepared = ground.prepared
-    sides = [side for trial in trials for side in (trial.setting, trial.baseline)]
-    variants = {f"stored as {side.recipe}": side.weights for side in sides}  # ``dense`` is the network itself
+    sides = [side for trial in trials if trial.figures is None for side in (trial.setting, trial.baseline)]
+    if not sides:
+        return [(trial.figures.setting, trial.figures.baseline) for trial in trials if trial.figures]
+    # ``dense`` is the network itself
+    variants = {f"stored as {side.recipe}": side.weights for side in sides if side.weights is not None}
     with ground.watch.stage("evaluate", (1 + len(variants)) * len(ground.network.tree.blocks)) as advance:
         found = compare(
             ground.network, variants, prepared.loss, prepared.evaluation.batches, ground.calibration.folder,
             prepared.options.device, advance,
         )  # fmt: skip
     loss = {side.recipe: found[f"stored as {side.recipe}"].metrics[prepared.loss.name] for side in sides}
-    return [(loss[trial.setting.recipe], loss[trial.baseline.recipe]) for trial in trials]
+    return [
+        (trial.figures.setting, trial.figures.baseline)
+        if trial.figures
+        else (loss[trial.setting.recipe], loss[trial.baseline.recipe])
+        for trial in trials
+    ]
 
 
 def _short(source: str) -> str:

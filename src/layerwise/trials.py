@@ -50,15 +50,25 @@ class Side:
 
     recipe: str
     bytes: int
-    weights: Overlay
+    weights: Overlay | None  # None where what it measured is said beside it
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a trial measured itself: in its own metric, smaller is better, of the setting and of the baseline."""
+
+    metric: str
+    setting: float
+    baseline: float
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting of the technique and its baseline."""
+    """A setting of the technique and its baseline, to be measured by the loss unless ``figures`` are given."""
 
     setting: Side
     baseline: Side
+    figures: Figures | None = None
 
 
 @dataclass(frozen=True)

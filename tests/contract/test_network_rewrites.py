@@ -22,7 +22,8 @@ from layerwise.technique import NetworkRewrite, find, names, parse_technique
 
 REWRITES = names(NetworkRewrite)
 MODULES = {"gpt2": gpt2, "vit": vit_classifier, "neox": neox}
-REFUSED = {"tiny_bert": "post-norm", "tiny_llama": "RMSNorm", "tiny_bert_classifier": "post-norm"}
+REFUSED = {"tiny_bert": "post-norm", "tiny_bert_classifier": "post-norm"}
+ANY = ("tiny_llama", "tiny_qwen2", "tiny_mistral", "tiny_mixtral", "tiny_qwen3_moe", "tiny_qwen2_moe")
 EXACT = 1e-5
 
 
@@ -143,6 +144,20 @@ def test_rewriting_twice_is_rewriting_once(rewrite: NetworkRewrite, tiny_gpt2: P
 def test_a_rewritten_network_can_be_had_again(rewrite: NetworkRewrite, tiny_gpt2: Path) -> None:
     network = rewritten(rewrite, tiny_gpt2)
     assert torch.equal(streamed(network.again()), streamed(network))
+
+
+@pytest.mark.parametrize("name", ANY)
+def test_a_network_is_refused_by_name_or_kept_the_same_function(
+    rewrite: NetworkRewrite, name: str, request: pytest.FixtureRequest
+) -> None:
+    network = open_network(request.getfixturevalue(name))
+    try:
+        after = rewrite.rewrite(network)
+    except InputError as reason:
+        assert str(reason).startswith(f"{rewrite.name} refuses {network.architecture}: ")
+        return
+    assert after.changes
+    assert error(streamed(after), streamed(network)) < EXACT
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -78,13 +78,26 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.getfixturevalue(request.param))
 
 
+def rewritten(rewrite: Rewrite, scope: BlockScope) -> BlockScope:
+    """The scope rewritten; skips a block in which the rewrite says that it finds no place."""
+    try:
+        return rewrite.rewrite(scope)
+    except InputError as reason:
+        assert str(reason).startswith(f"{rewrite.name} finds no") and scope.path in str(reason)
+        pytest.skip(str(reason))
+
+
 def test_there_is_a_rewrite() -> None:
-    assert "awq" in REWRITES
+    assert {"awq", "equalize", "repquant"} <= set(REWRITES)
+
+
+def test_every_rewrite_finds_a_place_somewhere(rewrite: Rewrite, tiny_llama: Path) -> None:
+    rewrite.rewrite(Case(tiny_llama).scope())
 
 
 def test_the_function_is_kept(rewrite: Rewrite, case: Case) -> None:
     before = case.scope()
-    after = rewrite.rewrite(before)
+    after = rewritten(rewrite, before)
     assert any(not torch.equal(after.parameters[n], v) for n, v in before.parameters.items()), "nothing was rewritten"
     reference = case.run(case.block)
     with materialised(case.block, after.parameters) as block:
@@ -95,7 +108,7 @@ def test_the_function_is_kept(rewrite: Rewrite, case: Case) -> None:
 
 def test_shapes_and_names_stay(rewrite: Rewrite, case: Case) -> None:
     before = case.scope()
-    after = rewrite.rewrite(before)
+    after = rewritten(rewrite, before)
     assert {n: v.shape for n, v in after.parameters.items()} == {n: v.shape for n, v in before.parameters.items()}
     assert set(after.fit) == set(before.fit)
     assert set(after.judge) == set(before.judge)
@@ -104,17 +117,17 @@ def test_shapes_and_names_stay(rewrite: Rewrite, case: Case) -> None:
 def test_what_was_given_is_not_changed(rewrite: Rewrite, case: Case) -> None:
     before = case.scope()
     copies = {n: v.clone() for n, v in before.parameters.items()}
-    rewrite.rewrite(before)
+    rewritten(rewrite, before)
     assert all(torch.equal(before.parameters[n], v) for n, v in copies.items())
 
 
 def test_twice_is_the_same(rewrite: Rewrite, case: Case) -> None:
-    first, second = rewrite.rewrite(case.scope()), rewrite.rewrite(case.scope())
+    first, second = rewritten(rewrite, case.scope()), rewritten(rewrite, case.scope())
     assert all(torch.equal(v, second.parameters[n]) for n, v in first.parameters.items())
 
 
 def test_dead_inputs_are_survived(rewrite: Rewrite, case: Case) -> None:
-    after = rewrite.rewrite(case.scope(dead=True))
+    after = rewritten(rewrite, case.scope(dead=True))
     assert all(bool(torch.isfinite(v).all()) for v in after.parameters.values())
 
 
@@ -127,5 +140,5 @@ def test_a_block_without_a_place_is_refused_by_name(rewrite: Rewrite, tiny_bert:
 def test_a_norm_on_the_residual_path_is_left_alone(rewrite: Rewrite, tiny_bert: Path) -> None:
     """A post-norm block reads its norms on the residual path too; only values fold, through attention's average."""
     scope = Case(tiny_bert).scope()
-    after = rewrite.rewrite(scope)
+    after = rewritten(rewrite, scope)
     assert all(torch.equal(v, scope.parameters[n]) for n, v in after.parameters.items() if "LayerNorm" in n)

@@ -62,25 +62,24 @@ def bench(
 def show(found: Evidence) -> None:
     from layerwise.report.figures import significant
 
-    if not found.rows:
-        return
-    first = found.rows[0]
-    shared.print_table(
-        f"{found.technique} ({found.paper}) on {first.network}: {first.metric}, {first.data}, "
-        f"seeds {' '.join(map(str, first.seeds))}",
-        ("setting", "bytes", first.metric, "±", "baseline", "bytes", first.metric, "ratio"),
-        [
-            (
-                row.setting,
-                f"{row.bytes:,}",
-                significant(row.value, 4),
-                significant(row.spread, 2),
-                row.baseline.recipe,
-                f"{row.baseline.bytes:,}",
-                significant(row.baseline.value, 4),
-                "" if row.ratio is None else f"{row.ratio:.3f}",
-            )
-            for row in found.rows
-        ],
-        numeric=(1, 2, 3, 5, 6, 7),
-    )
+    for metric in dict.fromkeys(row.metric for row in found.rows):
+        rows = [row for row in found.rows if row.metric == metric]
+        shared.print_table(
+            f"{found.technique} ({found.paper}) on {rows[0].network}: {metric}, {rows[0].data}, "
+            f"seeds {' '.join(map(str, rows[0].seeds))}",
+            ("setting", "bytes", metric, "±", "baseline", "bytes", metric, "ratio"),
+            [
+                (
+                    row.setting,
+                    f"{row.bytes:,}",
+                    significant(row.value, 4),
+                    significant(row.spread, 2),
+                    row.baseline.recipe,
+                    f"{row.baseline.bytes:,}",
+                    significant(row.baseline.value, 4),
+                    "" if row.ratio is None else f"{row.ratio:.3f}",
+                )
+                for row in rows
+            ],
+            numeric=(1, 2, 3, 5, 6, 7),
+        )

@@ -4,7 +4,7 @@
 
 A row says what one setting of the technique measured on one network, beside a baseline of the same size. Rows that
 lose are kept: they are what a reader needs to choose. Values are means over calibration seeds, ``spread`` is half of
-their range; smaller is better for every metric (``kl``, ``distance``).
+their range; smaller is better for every metric (``kl``, ``distance``, and what a role measures in its own).
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def find_stream(module: nn.Module, asker: str, inputs: Mapping[str, Tensor] | No
     Raises ``InputError`` for a network whose stream is read or written otherwise than through LayerNorms and matrices.
     """
     trial = _Trial(module, asker, dict(inputs) if inputs is not None else example_inputs(module), seed)
-    with torch.no_grad(), _evaluating(module):
+    with torch.no_grad(), evaluating(module):
         entry = trial.enter()
         for index in range(len(trial.streamer.network.tree.blocks)):
             trial.block(index)
@@ -87,7 +87,7 @@ def find_stream(module: nn.Module, asker: str, inputs: Mapping[str, Tensor] | No
 
 
 @dataclass
-class _Example:
+class Example:
     """What the network is run on; stands where the passes have a batch of text."""
 
     inputs: dict[str, Tensor]
@@ -100,7 +100,7 @@ class _Example:
         return self.inputs
 
 
-class _RandomWeights:
+class RandomWeights:
     """Any parameter as random numbers, the same ones each time, large enough for every path to matter."""
 
     def __init__(self, module: nn.Module, seed: int) -> None:
@@ -129,8 +129,8 @@ class _Trial:
         # Only what a streamer asks of a network: its module, its blocks, and the names outside of them.
         tree = SiteTree(find_blocks(module), (), 0)
         subject = Network(cast(Any, None), module, tree, cast(Any, None), torch.float32)
-        self.streamer = Streamer(subject, _RandomWeights(module, seed), str(device))
-        self.batch = cast(Batch, _Example(inputs))
+        self.streamer = Streamer(subject, RandomWeights(module, seed), str(device))
+        self.batch = cast(Batch, Example(inputs))
         self.draw = torch.Generator().manual_seed(seed)
         self.outer = subject.outer_parameters()  # while tied parameters are one
         self.writers: dict[str, int] = {}
@@ -329,7 +329,7 @@ def seen_in(part: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Without dropout, which would hide what is looked for."""
     training = [member for member in module.modules() if member.training]
     module.eval()
