@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from zlib import crc32
 
 from layerwise.plan.measures import Measures, Place
@@ -17,7 +18,7 @@ class MadeUp(Measures):
 
     tree: Node
 
-    @property
+    @cached_property
     def places(self) -> Mapping[str, Place]:
         return {
             leaf.name: Place(max([1, *(c.bytes for c in leaf.candidates)]) // 2 + 1, f"block {number(leaf.name) % 3}")
@@ -29,8 +30,8 @@ class MadeUp(Measures):
 
     def scores(self, scorer: str) -> Mapping[str, Mapping[str, float]]:
         return {
-            leaf.name: {c.recipe: self.cost(leaf.name, c) for c in self._candidates(leaf.name)}
-            for leaf in leaves(self.tree)
+            site: {recipe: self.cost(site, c) for recipe, c in found.items()}
+            for site, found in self._candidates.items()
         }
 
     def influence(self) -> Mapping[str, float]:
@@ -43,7 +44,7 @@ class MadeUp(Measures):
         """Costs add up, and sites of one block cost a little extra together."""
         out = []
         for change in changes:
-            costs = {s: self.cost(s, self._find(s, recipe)) for s, recipe in change.items()}
+            costs = {s: self.cost(s, self._candidates[s][recipe]) for s, recipe in change.items()}
             blocks: dict[str | None, float] = {}
             for site, cost in costs.items():
                 blocks[self.places[site].block] = blocks.get(self.places[site].block, 0.0) + cost
@@ -53,11 +54,12 @@ class MadeUp(Measures):
     def cost(self, site: str, candidate: Candidate) -> float:
         return (1 + number(site) % 7) / (1 + abs(candidate.bytes))
 
-    def _candidates(self, site: str) -> list[Candidate]:
-        return [c for leaf in leaves(self.tree) if leaf.name == site for c in leaf.candidates]
-
-    def _find(self, site: str, recipe: str) -> Candidate:
-        return next(c for c in self._candidates(site) if c.recipe == recipe)
+    @cached_property
+    def _candidates(self) -> dict[str, dict[str, Candidate]]:
+        found: dict[str, dict[str, Candidate]] = {}
+        for leaf in leaves(self.tree):
+            found.setdefault(leaf.name, {}).update({c.recipe: c for c in leaf.candidates})
+        return found
 
 
 def number(name: str) -> int:

@@ -8,16 +8,18 @@ The losses are measured around the network that is low everywhere, so c_i is wha
 gained twice. Pairs are measured within a block and ``reach`` blocks on; farther apart they are taken not to meet.
 
 The paper raises a share of each layer's columns; until a stored form mixes two widths inside a matrix, a share is
-rounded to all or nothing: the sites of largest r_i are raised while they fit. That is done for ``RUNGS`` budgets up to
-the given one and the best rounded plan by L is kept, so more budget is never worse. cross=false sets Q = 0, the linear
-program. The abstract fixes only the outline (a quadratic program over ratios, with cross-layer terms); objective,
-differences of measured losses and the projection are completed here. Above all sites high nothing is left to choose.
+rounded to all or nothing: the program is solved at ``RUNGS`` budgets from none to all, each solution orders the sites
+by r_i, and of all plans that raise the first few of such an order the one of least L that fits is taken. Those plans do
+not depend on the budget, so more budget is never worse. cross=false sets Q = 0, the linear program. The abstract fixes
+only the outline (a quadratic program over ratios, with cross-layer terms); objective, differences of measured losses,
+the projection and the rounding are completed here. Above all sites high nothing is left to choose.
 
 Source: Layer-Wise High-Impact Parameter Ratio Optimization in Post-Training Quantization, arXiv 2511.17801.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -31,7 +33,7 @@ from layerwise.plan.tree import Allocation, Node
 from layerwise.technique import MEASURED_RISES, Allocator, option, technique
 
 Floats = NDArray[np.float64]
-RUNGS = 64
+RUNGS = 16
 
 
 @technique(paper="Layer-wise high-impact ratio PTQ", needs={MEASURED_RISES})
@@ -129,22 +131,26 @@ def shares_within(gain: Floats, shared: Floats, extra: Floats, room: float) -> F
 
 
 def best_rounded(gain: Floats, shared: Floats, extra: Floats, room: float) -> Floats:
-    """The best of the rounded optima at every rung that lies within ``room``; 0 or 1 a site."""
-    total = float(extra.sum())
-    best = np.zeros(len(gain))
-    for rung in (total * k / RUNGS for k in range(1, RUNGS + 1)):
-        if rung > room:
-            break
-        tried = rounded(shares_within(gain, shared, extra, rung), gain, extra, rung)
-        if modelled(gain, shared, tried) < modelled(gain, shared, best):
-            best = tried
+    """The best plan within ``room`` among all that raise the sites of largest share at some rung; 0 or 1 a site."""
+    best, least = np.zeros(len(gain)), 0.0
+    for order in orders(gain.tobytes(), shared.tobytes(), extra.tobytes()):
+        size = np.cumsum(extra[order])
+        inside = np.cumsum(np.cumsum(shared[np.ix_(order, order)], 0), 1).diagonal()  # r^T Q r of every prefix
+        values = np.where(size <= room, np.cumsum(gain[order]) + 0.5 * inside, np.inf)
+        at = int(values.argmin())
+        if values[at] < least:
+            best, least = np.zeros(len(gain)), float(values[at])
+            best[order[: at + 1]] = 1.0
     return best
 
 
-def rounded(shares: Floats, gain: Floats, extra: Floats, room: float) -> Floats:
-    """Raise the sites of largest share while they fit; among equal shares those that gain most a byte."""
-    out = np.zeros(len(shares))
-    for i in np.lexsort((gain / np.maximum(extra, 1), -np.round(shares, 6))):
-        if gain[i] < 0 and extra[i] <= room:
-            out[i], room = 1.0, room - extra[i]
-    return out
+@lru_cache(maxsize=8)
+def orders(gain_bytes: bytes, shared_bytes: bytes, extra_bytes: bytes) -> tuple[NDArray[np.int64], ...]:
+    """Sites by falling share at every rung, ties by gain a byte; kept, since they serve every budget."""
+    gain, extra = np.frombuffer(gain_bytes), np.frombuffer(extra_bytes)
+    shared = np.frombuffer(shared_bytes).reshape(len(gain), len(gain))
+    found = []
+    for rung in range(1, RUNGS + 1):
+        shares = shares_within(gain, shared, extra, float(extra.sum()) * rung / RUNGS)
+        found.append(np.lexsort((gain / np.maximum(extra, 1), -np.round(shares, 6))))
+    return tuple(found)
