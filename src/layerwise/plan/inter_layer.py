@@ -13,7 +13,9 @@ the largest a_i is raised first until the bytes are spent (``plan/order.py``).
 
 The abstract fixes augmented scores, an ordering and a bisection on a measured metric; the form of the cross term (as
 in CLADO, arXiv 2307.05657) and the byte budget in place of the metric are chosen here. A cross term may be negative:
-errors that cancel make a site cheaper to lower. Differences of losses are noisy, and the sign is kept.
+errors that cancel make a site cheaper to lower. Differences of losses are noisy, and the sign is kept. A score of one
+number a site cannot say with which others it meets: where strong cross terms have either sign the order is worse than
+that of the Hessian alone (seen on made-up quadratic losses).
 
 Source: C. Schaefer et al., Augmenting Hessians with Inter-Layer Dependencies, arXiv 2306.04879.
 """
