@@ -25,7 +25,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "loss": frozenset({"network"}),
     "calibrate": frozenset({"network", "loss"}),
     "encoding": frozenset({"kernels"}),
-    "sensitivity": frozenset({"calibrate"}),
+    "sensitivity": frozenset({"technique", "calibrate"}),
     "plan": frozenset({"technique", "sensitivity", "encoding"}),
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
     "generate": frozenset({"network", "kernels"}),

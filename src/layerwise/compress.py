@@ -23,11 +23,13 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.images import Given
 from layerwise.kept import Candidates, overlay, uniform_plan, with_removals
+from layerwise.measuring import NetworkMeasures
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
 from layerwise.opening import network_rewrite
 from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
+from layerwise.plan.measures import parse_allocator
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, prepare
@@ -226,10 +228,10 @@ def plan_only(options: Options, progress: Progress | None = None) -> PlanFile:
     prepared, calibration, fingerprint = start(options, watch)
     try:
         candidates = measure_candidates(prepared, calibration, watch)
+        tree = constrain(candidates.tree(), options.keep, ())
+        allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
     finally:
         calibration.journal.close()
-    tree = constrain(candidates.tree(), options.keep, ())
-    allocation, budget = allocate(prepared, calibration, candidates, tree, watch)
     return plan_of(prepared, candidates, allocation, tree, budget, fingerprint)
 
 
@@ -251,7 +253,8 @@ def allocate(
         return allocation, fixed + allocation.bytes
     assert prepared.budget is not None
     budget = prepared.budget.bytes(prepared.network.tree.parameters, prepared.network.checkpoint.safetensors_bytes)
-    return Pareto().allocate(tree, budget - fixed), budget
+    planner = parse_allocator(options.allocators[0]) if options.allocators else Pareto()
+    return planner.allocate(tree, budget - fixed, NetworkMeasures(calibration, candidates, "candidates", watch)), budget
 
 
 def measure(

@@ -29,6 +29,7 @@ from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quali
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.constraints import matching
 from layerwise.plan.file import read_plan
+from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
 from layerwise.technique import BlockMeasure, parse_recipe, parse_technique, parse_tuner
@@ -68,6 +69,7 @@ class Options:
     redo: tuple[str, ...] = ()
     plan: str | None = None
     rewrite: str | None = None
+    allocators: tuple[str, ...] = ()  # that plan instead of layerwise's own; compress takes one, compare several
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -84,6 +86,10 @@ class Options:
             raise InputError(f"--dtype must be auto, float16 or bfloat16, not {self.dtype!r}")
         if self.tune is not None:
             parse_tuner(self.tune)
+        for text in self.allocators:
+            parse_allocator(text)
+        if self.allocators and self.budget is None:
+            raise InputError(f"--allocator {self.allocators[0]} plans within a size; give it a --budget")
 
 
 @dataclass(frozen=True)

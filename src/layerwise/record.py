@@ -295,6 +295,7 @@ def replan_command(prepared: Prepared) -> str:
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]
     if options.techniques:
         words += ["--techniques", ",".join(options.techniques)]
+    words += [word for text in options.allocators for word in ("--allocator", text)]
     for name in ("keep", "fix"):
         for value in getattr(options, name):
             words += [f"--{name}", value]

@@ -8,7 +8,7 @@ sites are measured beside it, and the median of measured over predicted puts bot
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.nn.functional import cosine_similarity
@@ -19,10 +19,11 @@ from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.splits import first_tokens
 from layerwise.encoding.encoded import Encoded
 from layerwise.engine.progress import Progress
-from layerwise.evaluate.sites import measure_sites, single_site_changes
+from layerwise.evaluate.sites import measure_changes, one_at_a_time, single_site_changes
 from layerwise.kept import Candidates
 from layerwise.loss import Loss
 from layerwise.network.network import output_width
+from layerwise.network.overlay import Fetch
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 from layerwise.rewriting import AS_IS
 from layerwise.technique import BlockMeasure
@@ -126,13 +127,18 @@ def scale(calibration: Calibration, candidates: Candidates) -> float:
 
 def measure_on_steer(calibration: Calibration, changes: Sequence[tuple[str, Encoded]]) -> list[float]:
     """Mean loss per term with one site at a time in its stored form, on the first tokens of the steer split."""
+    return changed_on_steer(calibration, one_at_a_time(changes))
+
+
+def changed_on_steer(calibration: Calibration, changes: Sequence[Mapping[str, Fetch]]) -> list[float]:
+    """The same with the sites of each change stored together; site -> a function that fetches its stored form."""
     splits, network = calibration.splits, calibration.network
     if network.whole:
-        return measure_sites(
+        return measure_changes(
             network, changes, calibration.loss, first_tokens(splits.steer, STEER_TOKENS), calibration.device
         )
     tokens = min(STEER_TOKENS, max(64, MOST_SCORES // output_width(network)))
     batches = first_tokens(splits.steer, tokens)
     before = len(splits.fit) + len(splits.judge)
     states = calibration.states(before, len(batches))
-    return measure_sites(network, changes, calibration.loss, batches, calibration.device, states)
+    return measure_changes(network, changes, calibration.loss, batches, calibration.device, states)

@@ -1,8 +1,9 @@
 """The act *compare*: several techniques planned into the same bytes and measured on the same text.
 
 One forward and one reverse pass serve all of them. Each technique then gets the planner over its own candidates, 16
-bits included, and a last plan chooses among the candidates of all. Every plan is encoded as ``compress`` would store
-it, and one pass over the held-out text measures them beside the dense network.
+bits included, and a last plan chooses among the candidates of all. Where allocators are named they take the place of
+the techniques: each plans over the candidates of all. Every plan is encoded as ``compress`` would store it, and one
+pass over the held-out text measures them beside the dense network.
 """
 
 from __future__ import annotations
@@ -24,16 +25,18 @@ from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.kept import Candidates, overlay, rebuilt, seconds_spent, with_removals
+from layerwise.measuring import NetworkMeasures
 from layerwise.network.network import open_network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
+from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.prepare import Options, Prepared, check_budget, reachable
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.shortlist import shortlist
-from layerwise.technique import surgery
+from layerwise.technique import Allocator, surgery
 
 STAGE = "side by side"
 TOGETHER = "all together"
@@ -41,7 +44,7 @@ TOGETHER = "all together"
 
 @dataclass(frozen=True)
 class Method:
-    """One plan. ``technique`` as it was asked for, or ``all together``.
+    """One plan. ``technique`` (or allocator) as it was asked for, or ``all together``.
 
     bytes:     of the weights file; never more than the budget.
     predicted: damage of the plan, in the loss's unit.
@@ -106,16 +109,19 @@ def side_by_side(options: Options, progress: Progress | None = None, command: st
 
 def check(options: Options) -> None:
     """What can be refused from headers and words alone."""
-    if len(options.techniques) < 2:
+    if len(options.techniques) < 2 and not options.allocators:
         raise InputError("compare needs at least two techniques; write --techniques rtn,gptq")
-    twice = [t for t, count in Counter(options.techniques).items() if count > 1]
-    if twice:
-        raise InputError(f"--techniques names {twice[0]!r} twice; name each technique once")
+    for option, named in (("techniques", options.techniques), ("allocators", options.allocators)):
+        twice = [t for t, count in Counter(named).items() if count > 1]
+        if twice:
+            raise InputError(f"--{option} names {twice[0]!r} twice; name each {option.removesuffix('s')} once")
     if options.budget is None:
         raise InputError("compare needs a --budget, such as 4bpw, 12MB or 25%")
     budget = parse_budget(options.budget)
     alone = [technique for technique in options.techniques if not surgery(technique)]
     menus = {technique: make_menu((technique,), "float16") for technique in alone}
+    if options.allocators:
+        menus = {", ".join(alone) or "the default technique": make_menu(tuple(alone), "float16")}
     network = open_network(options.model, options.dtype)
     for technique, menu in menus.items():
         try:
@@ -133,11 +139,16 @@ def _measured(
     dtype = str(network.plain_dtype).removeprefix("torch.")
     alone = [t for t in options.techniques if not surgery(t)]  # taking blocks out is part of the joint plan only
     offered = {t: shortlist(found, make_menu((t,), dtype)) for t in alone} | {TOGETHER: found}
+    planners: dict[str, Allocator] = dict.fromkeys(offered, Pareto())
+    if options.allocators:
+        offered = dict.fromkeys(options.allocators, found)
+        planners = {text: parse_allocator(text) for text in options.allocators}
     plans, chosen, weights = {}, {}, {}
     with watch.stage("plan", len(offered)) as advance:
         for technique, own in offered.items():
+            measures = NetworkMeasures(calibration, own, STAGE, watch)
             try:
-                plans[technique] = Pareto().allocate(own.tree(), size - prepared.range.fixed)
+                plans[technique] = planners[technique].allocate(own.tree(), size - prepared.range.fixed, measures)
             except InputError as reason:
                 raise InputError(f"{technique}: {reason}") from None
             advance()

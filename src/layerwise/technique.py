@@ -35,11 +35,12 @@ if TYPE_CHECKING:
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
+    from layerwise.plan.measures import Measures
     from layerwise.plan.tree import Allocation, Node
     from layerwise.probe.measurement import Measurement
     from layerwise.tune.block import Tuned, TunedBlock
 
-FAMILIES = ("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas", "plan", "probe")
+FAMILIES = tuple("quantize prune factorize depth normalize merge tune distill nas sensitivity plan probe".split())  # noqa: SIM905
 
 # What a technique may ask to have measured at its site (``needs``).
 SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
@@ -51,6 +52,7 @@ WEIGHT_GRADIENT = "magnitude of the gradient at each weight"  # E|M|
 LARGEST_INPUT = "largest absolute value of each input"  # max|x|
 ATTENTION_CURVATURE = "curvature of the attention's output in its queries, keys and values"
 BLOCK_INPUTS = "hidden states at every block boundary"  # for probes: a calibration whose forward pass has run
+MEASURED_RISES = "the loss with some sites in their stored form"  # for allocators: runs of the network itself
 
 # What only the reverse pass measures: a uniform setting of a technique that needs one of them takes that pass too.
 OF_THE_REVERSE_PASS = frozenset({GRADIENT_MOMENT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT, ATTENTION_CURVATURE})
@@ -174,14 +176,28 @@ class NetworkRewrite(Technique):
         """
 
 
+class Scorer(Technique):
+    """A change of a matrix in, how much it would harm out: zero for no change, growing with it, always finite."""
+
+    role = "scorer"
+
+    @abstractmethod
+    def score(self, change: Tensor, statistics: SiteStatistics) -> float:
+        """Harm of ``change = W' - W`` [rows, columns]."""
+
+
 class Allocator(Technique):
-    """Candidates and a budget in, one choice per site out."""
+    """Candidates and a budget in, one choice per site out; ``measures`` has what a rule reads off the network."""
 
     role = "allocator"
 
     @abstractmethod
-    def allocate(self, tree: Node, budget: int) -> Allocation:
+    def allocate(self, tree: Node, budget: int, measures: Measures | None = None) -> Allocation:
         """Choose so that the bytes fit ``budget``; an infeasible budget names the smallest feasible one."""
+
+    def objective(self, tree: Node, allocation: Allocation, measures: Measures | None = None) -> float:
+        """What the rule makes small; more budget never makes it larger."""
+        return allocation.damage
 
 
 class Probe(Technique):

@@ -6,6 +6,7 @@ encoder     uniform on all linears, against round to nearest on the same grid; w
 rewrite     the rewrite and then round to nearest, against round to nearest alone
 allocator   its plan in the bytes of a uniform setting, against that setting and against our own planner, all over
             the same candidates
+scorer      a plan of the least sum of its scores, in the place of our damage; held against the same
 surgeon     round to nearest planned together with the removal of blocks, against planned without, in the same bytes
 tuner       uniform round to nearest tuned, against the same untuned
 """
@@ -22,13 +23,16 @@ from layerwise.disk import keeps_statistics
 from layerwise.encoding.encoded import layout_bytes
 from layerwise.engine.progress import Stopwatch
 from layerwise.kept import Candidates, SiteCandidates, overlay, rebuilt, size_range, with_removals
+from layerwise.measuring import NetworkMeasures
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.constraints import is_dense
+from layerwise.plan.measures import Measures
 from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
+from layerwise.plan.order import least_sum
 from layerwise.plan.pareto import Pareto
-from layerwise.plan.tree import Allocation
+from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
@@ -196,16 +200,33 @@ def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
     """The allocator's plan in a uniform setting's bytes, against that setting and against the product's planner."""
     allocator = parse_technique(technique)
     assert isinstance(allocator, Allocator)
+    return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto))
+
+
+def scorer_trials(ground: Ground, technique: str) -> list[Trial]:
+    """The plan of the least sum of the scorer's scores, against what an allocator's plan is held against."""
+    scorer = str(parse_technique(technique))
+
+    def allocate(tree: Node, budget: int, measures: Measures) -> Allocation:
+        return least_sum(tree, budget, measures.scores(scorer))
+
+    return planning_trials(ground, f"least {scorer}", allocate, False)
+
+
+def planning_trials(
+    ground: Ground, name: str, allocate: Callable[[Node, int, Measures], Allocation], is_ours: bool
+) -> list[Trial]:
     linears = floor_menu()
     found = ground.search(linears)
     tree, trials = found.tree(), []
+    measures = NetworkMeasures(ground.calibration, found, STAGE, ground.watch)
     for bits in WIDTHS:
         widest = [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1]
         uniform = ground.uniform(found, widest)
         budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
-        mine = ground.planned(found, f"{allocator} over {FLOOR}, {bits} bits", allocator.allocate(tree, budget))
+        mine = ground.planned(found, f"{name} over {FLOOR}, {bits} bits", allocate(tree, budget, measures))
         trials.append(Trial(mine, uniform))
-        if not isinstance(allocator, Pareto):
+        if not is_ours:
             ours = ground.planned(found, f"pareto over {FLOOR}, {bits} bits", Pareto().allocate(tree, budget))
             trials.append(Trial(mine, ours))
     return trials
@@ -252,6 +273,7 @@ ROLES: dict[str, Callable[[Ground, str], list[Trial]]] = {
     "encoder": encoder_trials,
     "rewrite": rewrite_trials,
     "allocator": allocator_trials,
+    "scorer": scorer_trials,
     "surgeon": surgeon_trials,
     "tuner": tuner_trials,
 }

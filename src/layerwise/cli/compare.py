@@ -18,7 +18,11 @@ def compare(
     budget: Annotated[str, typer.Option(help="Size that every plan must fit: 4.5bpw, 12MB, 1234567B or 25%.")],
     techniques: Annotated[
         str, typer.Option(metavar="A,B+C", help="Techniques to hold against each other: rtn,gptq,awq+rtn.")
-    ],
+    ] = "",
+    allocators: Annotated[
+        str,
+        typer.Option(metavar="A,B", help="Hold these against each other instead, over all techniques: pareto,hawq."),
+    ] = "",
     calibrate: shared.Calibrate = "default",
     evaluate: shared.Evaluate = None,
     sequences: shared.Sequences = 128,
@@ -40,7 +44,8 @@ def compare(
     cores = os.cpu_count() or 1
     options = Options(
         model=model, budget=budget, techniques=shared.split_techniques(techniques), calibrate=calibrate,
-        evaluate=evaluate, sequences=sequences, length=length, text_column=text_column, pooling=pooling, seed=seed,
+        allocators=shared.split_techniques(allocators), evaluate=evaluate, sequences=sequences, length=length,
+        text_column=text_column, pooling=pooling, seed=seed,
         threads=cores if threads is None else threads, workers=cores if workers is None else workers, dtype=dtype,
         device=device, work=work,
     )  # fmt: skip

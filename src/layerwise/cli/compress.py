@@ -40,6 +40,7 @@ def compress(
     dtype: shared.Dtype = "auto",
     device: shared.Device = "cpu",
     rewrite: shared.Rewrite = None,
+    allocator: shared.Allocator = None,
     work: shared.Work = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Encode the chosen recipes again behind the compressed blocks.")
@@ -65,7 +66,7 @@ def compress(
         sequences=sequences, length=length, text_column=text_column, pooling=pooling, keep=tuple(keep or ()),
         fix=tuple(fix or ()), redo=tuple(redo or ()), seed=seed, threads=cores if threads is None else threads,
         workers=cores if workers is None else workers, dtype=dtype, device=device, work=work, sequential=sequential,
-        tune=tune, baseline=not no_baseline, force=force, rewrite=rewrite,
+        tune=tune, baseline=not no_baseline, force=force, rewrite=rewrite, allocators=(allocator,) if allocator else (),
     )  # fmt: skip
     if dry_run:
         found = forecast(options)

@@ -55,6 +55,7 @@ def make(
     dtype: shared.Dtype = "auto",
     device: shared.Device = "cpu",
     rewrite: shared.Rewrite = None,
+    allocator: shared.Allocator = None,
     force: shared.Force = False,
     json: shared.Json = False,
 ) -> None:
@@ -72,7 +73,7 @@ def make(
         evaluate=evaluate, sequences=sequences, length=length, text_column=text_column, pooling=pooling,
         keep=tuple(keep or ()), fix=tuple(fix or ()), redo=tuple(redo or ()), seed=seed,
         threads=cores if threads is None else threads, workers=cores if workers is None else workers, dtype=dtype,
-        device=device, rewrite=rewrite,
+        device=device, rewrite=rewrite, allocators=(allocator,) if allocator else (),
     )  # fmt: skip
     plan = plan_only(options, shared.Bar(quiet=json))
     if out is not None:

@@ -55,6 +55,10 @@ Rewrite = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="NAME", help="Rewrite the whole network first, exactly: pre_rmsnorm."),
 ]
+Allocator = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME", help="Plan by a published rule instead of layerwise's own: hawq, layerwise_quant."),
+]
 
 
 UNFOLDED = 240  # columns

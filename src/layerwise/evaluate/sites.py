@@ -12,7 +12,7 @@ from layerwise.encoding.encoded import Encoded
 from layerwise.evaluate.compare import compare
 from layerwise.loss import Loss
 from layerwise.network.network import Network, output_width
-from layerwise.network.overlay import Overlay
+from layerwise.network.overlay import Fetch, Overlay
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 
@@ -32,13 +32,31 @@ def measure_sites(
 
     Only the blocks from the changed site on are run again.
     """
+    return measure_changes(network, one_at_a_time(changes), loss, batches, device, states)
+
+
+@torch.inference_mode()
+def measure_changes(
+    network: Network,
+    changes: Sequence[Mapping[str, Fetch]],
+    loss: Loss,
+    batches: Sequence[Batch],
+    device: str = "cpu",
+    states: Callable[[int], list[Tensor]] | None = None,
+) -> list[float]:
+    """As ``measure_sites``, with several sites changed at a time: each change is site -> its stored form, fetched."""
     if network.whole:
-        return [_measure_whole(network, name, encoded, loss, batches, device) for name, encoded in changes]
+        return [_measure_whole(network, change, loss, batches, device) for change in changes]
     own = network.again()  # one module for all: they are run one after another
     dense = Streamer(own, None, device)
     states = states or dense_states(dense, batches).__getitem__
     targets = _targets(dense, loss, batches, states(len(network.tree.blocks)))
-    return [_measure(own, name, encoded, loss, batches, states, targets, device) for name, encoded in changes]
+    return [_measure(own, change, loss, batches, states, targets, device) for change in changes]
+
+
+def one_at_a_time(changes: Sequence[tuple[str, Encoded]]) -> list[Mapping[str, Fetch]]:
+    """Each stored form as a change of its own."""
+    return [{name: lambda encoded=encoded: encoded} for name, encoded in changes]  # type: ignore[misc]
 
 
 def dense_states(dense: Streamer, batches: Sequence[Batch]) -> list[list[Tensor]]:
@@ -52,23 +70,20 @@ def dense_states(dense: Streamer, batches: Sequence[Batch]) -> list[list[Tensor]
 
 def _measure(
     network: Network,
-    name: str,
-    encoded: Encoded,
+    change: Mapping[str, Fetch],
     loss: Loss,
     batches: Sequence[Batch],
     states: Callable[[int], list[Tensor]],
     targets: list[Tensor],
     device: str,
 ) -> float:
-    site = network.tree.find(name)
-    streamer = Streamer(network, Overlay(network, {name: lambda: encoded}, exact=True), device)
-    first = len(network.tree.blocks)
-    if site.block is not None:
-        first = network.tree.blocks.index(site.block)
-    elif site.kind in ("table", "position"):
-        first = 0
+    sites = [network.tree.find(name) for name in change]
+    streamer = Streamer(network, Overlay(network, change, exact=True), device)
+    entering = any(site.kind in ("table", "position") for site in sites)
+    blocks = [network.tree.blocks.index(site.block) for site in sites if site.block is not None]
+    first = 0 if entering else min(blocks, default=len(network.tree.blocks))
     state = states(first)
-    if site.kind in ("table", "position"):
+    if entering:
         with streamer.head_of_network() as enter:
             state = [enter(batch, 0)[0] for batch in batches]
     for index in range(first, len(network.tree.blocks)):
@@ -79,12 +94,10 @@ def _measure(
 
 
 def _measure_whole(
-    network: Network, name: str, encoded: Encoded, loss: Loss, batches: Sequence[Batch], device: str
+    network: Network, change: Mapping[str, Fetch], loss: Loss, batches: Sequence[Batch], device: str
 ) -> float:
-    found = compare(
-        network, {name: Overlay(network, {name: lambda: encoded}, exact=True)}, loss, batches, Path(), device
-    )
-    return found[name].metrics[loss.name]
+    found = compare(network, {"changed": Overlay(network, change, exact=True)}, loss, batches, Path(), device)
+    return found["changed"].metrics[loss.name]
 
 
 def _block(streamer: Streamer, index: int, batches: Sequence[Batch], state: list[Tensor]) -> list[Tensor]:

@@ -26,7 +26,8 @@ ELSEWHERE = {
     "network rewrite": "rewrite the whole network first with --rewrite {name}",
     "probe": "look at the network with layerwise probe MODEL {name}",
     "surgeon": "name it apart from the others, as in two_sided,{name}",
-    "allocator": "it solves for the plan and encodes nothing; leave it out",
+    "allocator": "it solves for the plan and encodes nothing; write --allocator {name}",
+    "scorer": "it orders changes and encodes nothing; leave it out",
 }  # role -> how a technique that encodes nothing is used
 UNREACHED = "rtn:bits=8,group=0"  # a site the loss does not reach: small and safe, never searched
 

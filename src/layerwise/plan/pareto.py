@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerwise.errors import InputError
+from layerwise.plan.measures import Measures
 from layerwise.plan.partial import Fixed, Front, Limits, Pick, best_pair, either, merged, trace
 from layerwise.plan.relaxation import ChoiceIndex, Floats, Index, Ints, LeafIndex, Relaxation, SumIndex, relax
 from layerwise.plan.tree import Allocation, Node, leaves
@@ -39,7 +40,7 @@ class Pareto(Allocator):
 
     states: int = option(200_000, minimum=100, help="plans that a front may hold before it is thinned")
 
-    def allocate(self, tree: Node, budget: int) -> Allocation:
+    def allocate(self, tree: Node, budget: int, measures: Measures | None = None) -> Allocation:
         return self.front(tree, [budget])[0]
 
     def front(self, tree: Node, budgets: Sequence[int]) -> list[Allocation]:

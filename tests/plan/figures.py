@@ -1,0 +1,66 @@
+"""Made-up figures of a network for the tests of allocators: deterministic functions of names, sizes and damages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from zlib import crc32
+
+from layerwise.plan.measures import Measures, Place
+from layerwise.plan.tree import Candidate, Node, leaves
+from layerwise.sensitivity.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class MadeUp(Measures):
+    """Figures of every site of a tree; each site lies in one of three blocks."""
+
+    tree: Node
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        return {
+            leaf.name: Place(max([1, *(c.bytes for c in leaf.candidates)]) // 2 + 1, f"block {number(leaf.name) % 3}")
+            for leaf in leaves(self.tree)
+        }
+
+    def hessians(self) -> Mapping[str, Hessian]:
+        return {name: Hessian(*(1.0 + number(name + kind) % 97 for kind in "abc")) for name in self.places}
+
+    def scores(self, scorer: str) -> Mapping[str, Mapping[str, float]]:
+        return {
+            site: {recipe: self.cost(site, c) for recipe, c in found.items()}
+            for site, found in self._candidates.items()
+        }
+
+    def influence(self) -> Mapping[str, float]:
+        return {f"block {i}": (0.3, 0.1, 0.2)[i] for i in range(3)}
+
+    def outliers(self) -> Mapping[str, float]:
+        return {f"block {i}": (0.16, 0.2, 0.1)[i] for i in range(3)}
+
+    def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:
+        """Costs add up, and sites of one block cost a little extra together."""
+        out = []
+        for change in changes:
+            costs = {s: self.cost(s, self._candidates[s][recipe]) for s, recipe in change.items()}
+            blocks: dict[str | None, float] = {}
+            for site, cost in costs.items():
+                blocks[self.places[site].block] = blocks.get(self.places[site].block, 0.0) + cost
+            out.append(sum(costs.values()) + 0.1 * sum(total**2 for total in blocks.values()))
+        return out
+
+    def cost(self, site: str, candidate: Candidate) -> float:
+        return (1 + number(site) % 7) / (1 + abs(candidate.bytes))
+
+    @cached_property
+    def _candidates(self) -> dict[str, dict[str, Candidate]]:
+        found: dict[str, dict[str, Candidate]] = {}
+        for leaf in leaves(self.tree):
+            found.setdefault(leaf.name, {}).update({c.recipe: c for c in leaf.candidates})
+        return found
+
+
+def number(name: str) -> int:
+    return crc32(name.encode())
