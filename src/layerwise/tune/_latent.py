@@ -67,3 +67,11 @@ def adam(rate: float) -> Callable[[Mapping[str, R], float], None]:
         optimiser.step(pair for at in learned.values() for pair in at.rated(now))
 
     return descend
+
+
+def group_means(values: Tensor, fitted: FittedGrid) -> Tensor:
+    """Mean of ``values`` [out, in] over every group's columns: [out, groups]."""
+    width, columns = fitted.grid.width(fitted.columns), fitted.columns
+    whole = columns // width * width
+    means = values[:, :whole].reshape(len(values), -1, width).mean(2)
+    return means if whole == columns else torch.cat([means, values[:, whole:].mean(1, keepdim=True)], 1)

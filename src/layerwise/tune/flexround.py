@@ -5,8 +5,8 @@ For a linear with the codes q, steps s and zeros z that an encoder chose, and ``
     code(L) = clip(round(B / (s' exp(L2 + l3)) + z), 0, t),     W' = (code - z) s',     s' = s exp(l1)
 
 L2 [out, in] is a factor for each weight, l3 [out, 1] one for its row, l1 [out, groups] one for the group's step; all
-are logarithms and start at 0. Because they divide, ``d W' / d L2 = -B exp(-L2 - l3)`` inside the grid: the gradient of a
-factor grows with its weight, so large weights may move by several levels and small ones stay, and a weight never
+are logarithms and start at 0. Because they divide, ``d W' / d L2 = -B exp(-L2 - l3)`` inside the grid: the gradient of
+a factor grows with its weight, so large weights may move by several levels and small ones stay, and a weight never
 changes its sign. ``B`` is the dense weight drawn into the cell of its given code, so that the start is what was given.
 One step takes a few sequences x and the dense block's output y and
 
