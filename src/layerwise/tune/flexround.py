@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 class Flexround(Tuner):
     """Learned rounding by element-wise division: Adam on the error of a block's output."""
 
-    steps: int = option(200, minimum=0, maximum=100_000, help="steps of Adam, of each block or of the network")
+    steps: int = option(100, minimum=0, maximum=100_000, help="steps of Adam, of each block or of the network")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
-    rate: float = option(0.004, minimum=0, maximum=1, help="of the logarithms of the factors")
-    grid: float = option(0.001, minimum=0, maximum=1, help="rate of the logarithms of the steps; 0 leaves them")
+    rate: float = option(0.01, minimum=0, maximum=1, help="of the logarithms of the factors")
+    grid: float = option(0.003, minimum=0, maximum=1, help="rate of the logarithms of the steps; 0 leaves them")
     scope: str = option("block", choices=("block", "network"), help="whose error: each block's, or the network's loss")
     arriving: bool = option(True, help="tune on what arrives behind the stored blocks, not on dense block inputs")
 

@@ -38,7 +38,7 @@ class Lsq(Tuner):
 
     scope = "network"
 
-    steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
+    steps: int = option(100, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
     rate: float = option(0.01, minimum=0, maximum=10, help="of the weights, in levels")
     grid: float = option(0.002, minimum=0, maximum=1, help="of the steps, as a share of where they started; 0 = fixed")

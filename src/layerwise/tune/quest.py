@@ -40,7 +40,7 @@ class Quest(Tuner):
 
     scope = "network"
 
-    steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
+    steps: int = option(100, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
     rate: float = option(0.01, minimum=0, maximum=10, help="of the weights, in levels")
     trust: float = option(1.0, minimum=0, maximum=1e6, help="largest trusted error, in half steps")

@@ -11,9 +11,9 @@ every step, so it cannot drift away from the weights as a learned one may. The w
 towards the dense network's own output. a is rounded to its stored type before it is used. The state of the least loss
 over all sequences is kept, the start included.
 
-Stored in the integer form that the plan chose, of 2 bits or more, in three codes around its zero; so its bytes are
-those of the plan, and a form of its own (1.6 bits a weight) would be smaller. What was there before has more levels:
-until three trained levels beat them, the start is what is kept.
+Stored in the 2-bit integer form that the plan chose, in three codes around its zero; so its bytes are those of the
+plan, and a form of its own (1.6 bits a weight) would be smaller. What was there before has four levels: until three
+trained ones beat them, the start is what is kept. Forms of more bits are left alone.
 
 Source: Z. Liu et al., "Binary and Ternary Natural Language Generation", arXiv 2306.01841, the ternary weights. Its
 scale is one a row; ours is one a stored group (``group=0`` is a row). Its loss adds the distance of hidden states and
@@ -39,14 +39,14 @@ class TernaryBinary(Tuner):
 
     scope = "network"
 
-    steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
+    steps: int = option(100, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
     rate: float = option(0.02, minimum=0, maximum=10, help="of the weights, in levels")
 
     def touches(self, encoded: Encoded) -> bool:
         from layerwise.encoding.integer import GroupedInteger
 
-        return isinstance(encoded, GroupedInteger)
+        return isinstance(encoded, GroupedInteger) and encoded.grid.bits == 2
 
     def passes(self) -> int:
         return self.steps
