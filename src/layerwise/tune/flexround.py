@@ -20,6 +20,11 @@ Quantization", arXiv 2306.00317. The paper starts from rounding to nearest on a 
 from the codes of any encoder. Learned are the steps of groups, where the paper has one or one a channel. Rates are of
 the logarithms and fall linearly; the paper's (1e-5 .. 5e-3) are for thousands of steps. A convolution's factor of input
 channels is left out, since our linears have none, and so is the low-rank L2 of the later LRQ.
+
+Measured on ``examples/docs-lm``, int8 tables, groups of 64, 32 sequences of 128 tokens, round to nearest at 2 bits, 100
+steps, one seed: KL to the dense network on the held-out text 0.427 -> 0.263; with rates of 0.004 and 0.001 0.298.
+SIGNROUND in as many steps: 0.279. The rate matters more than the choice between the two: the paper's rates, made for
+thousands of steps, are too small for a hundred. More rows are in the evidence file.
 """
 
 from __future__ import annotations
