@@ -22,9 +22,9 @@ the logarithms and fall linearly; the paper's (1e-5 .. 5e-3) are for thousands o
 channels is left out, since our linears have none, and so is the low-rank L2 of the later LRQ.
 
 Measured on ``examples/docs-lm``, int8 tables, groups of 64, 32 sequences of 128 tokens, round to nearest, 100 steps,
-one seed: KL to the dense network on the held-out text 0.427 -> 0.263 at 2 bits (SIGNROUND in as many steps 0.279), 0.0866
--> 0.0651 at 3 bits (SIGNROUND in 200 steps: the same). With rates of 0.004 and 0.001 it is 0.298 at 2 bits: the paper's
-rates, made for thousands of steps, are too small for a hundred.
+one seed: KL to the dense network on the held-out text 0.427 -> 0.263 at 2 bits (SIGNROUND in as many steps 0.279),
+0.0866 -> 0.0651 at 3 bits (SIGNROUND in 200 steps: the same). With rates of 0.004 and 0.001 it is 0.298 at 2 bits: the
+paper's rates, made for thousands of steps, are too small for a hundred.
 """
 
 from __future__ import annotations

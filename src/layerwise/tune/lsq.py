@@ -19,6 +19,11 @@ every linear; Adam instead of momentum. The paper multiplies the gradient of s b
 step, so that one rate serves both; Adam divides any such factor out again, and s has a rate of its own. No labels:
 the dense network is the teacher. Activations stay at 16 bits, where the paper has both; zeros stay as they were given
 (LSQ+ trains them), and tables and heads are not trained.
+
+Measured on ``examples/docs-lm``, int8 tables, groups of 64, 96 sequences of 128 tokens, round to nearest at 2 bits, 100
+steps, one seed: KL to the dense network 0.430 -> 0.091 on the sequences it trains on and 0.430 -> 0.258 on held-out
+text. So few sequences are learned by heart long before the rounding is learned; the distance between the two figures is
+what more text could still give.
 """
 
 from __future__ import annotations
