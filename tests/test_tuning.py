@@ -11,6 +11,11 @@ from tests.command import compress
 
 import layerwise
 from layerwise.compress import Result
+from layerwise.engine.progress import Stopwatch
+from layerwise.evaluate.compare import compare
+from layerwise.kept import overlay
+from layerwise.technique import parse_tuner
+from layerwise.tuning import tune
 
 SMALL: dict[str, Any] = {"sequences": 48, "length": 32, "threads": 1, "workers": 1, "baseline": False}
 TUNER = "signround:steps=20"
@@ -93,3 +98,48 @@ def test_a_wrong_tuner_is_refused_at_once(
     done = compress(tiny_llama, tmp_path / "out", sentences, "--uniform", "rtn:bits=4", "--tune", tuner)
     assert done.code == 2 and said in done.sentences[-1] and len(done.sentences) == 1
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.work").exists()
+
+
+def test_a_whole_network_is_tuned_and_resumes(tiny_llama: Path, sentences: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    options: dict[str, Any] = {"uniform": "rtn:bits=2,group=32", "work": str(work), "tune": "lsq:steps=10,rate=0.03"}
+    first = job(tiny_llama, tmp_path / "first", sentences, **options)
+    ((before, after),) = errors(work)
+    assert after < before and first.applied.bytes == len(weights(first))
+    resumed = job(tiny_llama, tmp_path / "resumed", sentences, **options)
+    assert weights(resumed) == weights(first) and len(errors(work)) == 1
+    lines = [line for line in (work / "journal.jsonl").read_text().splitlines(keepends=True) if '"tuned/' not in line]
+    (work / "journal.jsonl").write_text("".join(lines))
+    again = job(tiny_llama, tmp_path / "again", sentences, **options)
+    assert weights(again) == weights(first)
+    layerwise.load(first.out)
+
+
+@pytest.mark.parametrize("model", ["tiny_gpt2", "tiny_bert"])
+def test_the_error_of_a_whole_network_is_its_loss(
+    model: str, request: pytest.FixtureRequest, sentences: Path, tmp_path: Path
+) -> None:
+    """What a tuner of network scope is told at the start is what the evaluation measures on the same text."""
+    network = layerwise.open(request.getfixturevalue(model))
+    calibration = layerwise.calibrate(
+        network, str(sentences), work=tmp_path / "work", sequences=48, length=32, threads=1
+    )
+    found = layerwise.candidates(calibration, techniques=("rtn:bits=3,group=16",))
+    recipes = {name: site.candidates[0].recipe for name, site in found.sites.items()}
+    batches = calibration.splits.all
+    tune(calibration, found, recipes, parse_tuner("lsq:steps=0"), batches, Stopwatch(None))
+    ((before, after),) = errors(tmp_path / "work")
+    variants = {"stored": overlay(found, recipes)}
+    done = compare(network, variants, calibration.loss, batches, calibration.folder)["stored"]
+    assert before == after == pytest.approx(done.metrics[calibration.loss.name], rel=1e-4)
+
+
+def test_a_whole_network_without_one_of_its_blocks(tiny_llama: Path, sentences: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "techniques": ("rtn:bits=3,group=16", "drop_block:count=1"),
+        "budget": "6bpw",
+        "work": str(tmp_path / "work"),
+    }
+    done = job(tiny_llama, tmp_path / "out", sentences, tune="lsq:steps=10,rate=0.03", **options)
+    ((before, after),) = errors(tmp_path / "work")
+    assert after < before and layerwise.load(done.out).config.num_hidden_layers == 1

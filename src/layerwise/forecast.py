@@ -13,11 +13,13 @@ from typing import Any
 from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import tokens_in
 from layerwise.disk import disk_needed
+from layerwise.network.network import output_width
 from layerwise.prepare import Options, Prepared, longest, prepare, recipes_for
 from layerwise.report.figures import duration, megabytes
 from layerwise.technique import parse_tuner
 
 SECONDS_PER_WEIGHT = 2.5e-7  # one candidate of the slowest encoder, one thread
+TRAINED_VALUES = 12  # float32 a weight that a whole network in training holds: latent, moments, codes, gradients
 PROCESS_BYTES = 450_000_000  # torch and transformers, loaded
 
 
@@ -85,8 +87,8 @@ def seconds_needed(prepared: Prepared) -> float:
     passes += 2 * linears * tokens_in(prepared.evaluation.batches) * 3
     if options.tune:
         tuner = parse_tuner(options.tune)
-        inside = sum(s.parameters for s in network.tree.sites if s.block)
-        passes += 6 * inside * tuner.passes() * tuner.sequences * min(options.length, longest(network))
+        trained = linears if tuner.scope == "network" else sum(s.parameters for s in network.tree.sites if s.block)
+        passes += 6 * trained * tuner.passes() * tuner.sequences * min(options.length, longest(network))
     encoding = sum(
         s.parameters * SECONDS_PER_WEIGHT
         for s in network.tree.sites
@@ -96,13 +98,22 @@ def seconds_needed(prepared: Prepared) -> float:
 
 
 def memory_needed(prepared: Prepared) -> int:
-    """A block with its statistics and candidates, the workers' copies of the largest site, and the process itself."""
+    """A block with its statistics and candidates, the workers' copies of the largest site, and the process itself.
+
+    A tuner of network scope holds the whole network, and what it learns of it, instead of a block.
+    """
     network, workers = prepared.network, prepared.options.workers
     largest_block = max(
         sum(4 * (s.parameters + 2 * (s.rows**2 + s.columns**2)) for s in network.tree.of_block(block))
         for block in network.tree.blocks or (None,)
     )
     largest_site = max(4 * s.parameters for s in network.tree.sites)
+    tuner = parse_tuner(prepared.options.tune) if prepared.options.tune else None
+    if tuner is not None and tuner.scope == "network":
+        inside = sum(s.parameters for s in network.tree.sites if s.block)
+        tokens = tuner.sequences * min(prepared.options.length, longest(network))
+        outputs = 6 * 4 * tokens * output_width(network)  # both networks' logits, their logarithms and gradients
+        largest_block = max(largest_block, 4 * network.tree.parameters + TRAINED_VALUES * 4 * inside + outputs)
     return PROCESS_BYTES + largest_block + (2 + 3 * workers) * largest_site
 
 

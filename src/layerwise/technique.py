@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from layerwise.plan.measures import Measures
     from layerwise.plan.tree import Allocation, Node
     from layerwise.probe.measurement import Measurement
-    from layerwise.tune.block import Tuned, TunedBlock
+    from layerwise.tune.scope import Tuned, TunedScope
 
 FAMILIES = tuple("quantize prune factorize depth normalize merge tune distill nas sensitivity plan probe".split())  # noqa: SIM905
 
@@ -211,27 +211,29 @@ class Probe(Technique):
 
 
 class Tuner(Technique):
-    """A block of stored forms in, better values in the same forms out; runs once a plan stands.
+    """Stored forms in, better values in the same forms out; runs once a plan stands.
 
-    Layouts stay, so sizes stay. The block's error on the given sequences is not above what it was, and zero steps
-    leave every stored tensor as it was.
+    A tuner works on one block at a time, against the squared error of the block's output, or on the whole network in
+    memory, against the network's own loss. Layouts stay, so sizes stay. The error on the given sequences is not above
+    what it was, and zero steps leave every stored tensor as it was.
     """
 
     role = "tuner"
-    sequences: int  # that go through the block at a time
-    arriving: bool  # wants what arrives behind the stored blocks instead of the dense network's own block inputs
+    scope: str = "block"  # or "network"
+    sequences: int  # that go through it at a time
+    arriving: bool = True  # a block's inputs are what arrives behind the stored blocks, not the dense network's own
 
     @abstractmethod
     def touches(self, encoded: Encoded) -> bool:
         """Whether it can change a linear in this stored form; every other is left alone."""
 
     @abstractmethod
-    def tune(self, block: TunedBlock) -> Tuned:
-        """New stored forms for the linears that it touches, and the block's error before and after."""
+    def tune(self, scope: TunedScope) -> Tuned:
+        """New stored forms for the linears that it touches, and the scope's error before and after."""
 
     @abstractmethod
     def passes(self) -> int:
-        """How often ``sequences`` go forward and backward through a block, for the forecast of time."""
+        """How often ``sequences`` go forward and backward through the scope, for the forecast of time."""
 
 
 T = TypeVar("T", bound=type[Technique])

@@ -1,9 +1,10 @@
-"""The act *tune* (``--tune``): with the plan fixed, improve each block's stored values against the dense block.
+"""The act *tune* (``--tune``): with the plan fixed, improve stored values against the dense network.
 
     stored, tuned prefix ─→ x' ─→ block i ─ tuner: stored form of block i against the dense block's output ─→ x' …
     dense network        ─→ x  ─→ block i ─→ y
 
-Blocks are taken in order of execution, one in memory. A tuner sees the calibration tokens, what goes into the block
+Blocks are taken in order of execution, one in memory; a tuner of network scope is given all of them at once
+(``network_tuning.py``). A tuner sees the calibration tokens, what goes into the block
 (what arrives behind the stored blocks before it, or the dense network's own inputs, as it declares), what the dense
 block gave in the dense network, and the stored forms that the plan chose; it returns other values in the same forms.
 Sizes cannot change; the plan's damages are those before tuning. Journaled by block: a run that was killed goes on with
@@ -14,8 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,17 +22,15 @@ from torch import Tensor
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
 from layerwise.calibrate.passes import Calibration
-from layerwise.encoding.encoded import Encoded, layout_bytes
-from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Progress
-from layerwise.kept import Candidates, Fetches, Stored, fetches
+from layerwise.kept import Candidates
 from layerwise.network.overlay import Overlay
-from layerwise.network.safetensors_file import write
-from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer
-from layerwise.rewriting import kept_values
+from layerwise.network_tuning import UNIT, tune_network
 from layerwise.technique import Tuner
-from layerwise.tune.block import Tuned, TunedBlock
+from layerwise.tune.block import TunedBlock
+from layerwise.tune.scope import Tuned
+from layerwise.tuned_forms import TunedForms, parts_of
 
 
 def tune(
@@ -49,81 +46,45 @@ def tune(
     candidates: what the plan would write, refitted or propagated.
     batches:    the tokens to tune on: the first of the calibration's.
     """
-    run = _Run(calibration, candidates, dict(recipes), tuner, batches)
+    forms = TunedForms(calibration, candidates, dict(recipes), tuner, batches)
+    if tuner.scope == "network":
+        with progress.stage(f"tune by {tuner.name}", max(1, tuner.passes())) as advance:
+            if not forms.has(UNIT):
+                forms.keep(UNIT, tune_network(forms, batches, advance))
+            forms.take_up(UNIT)
+        return forms.result()
+    run = _Run(forms, batches)
     blocks = calibration.network.tree.blocks
     with progress.stage(f"tune by {tuner.name}", len(blocks)) as advance:
         for index, block in enumerate(blocks):
-            if not calibration.journal.has(run.entry(block)):
-                calibration.journal.record(run.entry(block), run.tune(index))
-            run.take_up(block)
+            if not forms.has(block):
+                forms.keep(block, run.tune(index))
+            forms.take_up(block)
             advance()
     for boundary in run.hidden:
         boundary.remove()
-    return replace(candidates, sites=candidates.sites | run.tuned)
+    return forms.result()
 
 
 class _Run:
-    """One tuning: the weights so far, and the hidden states at the boundary that they have reached."""
+    """Block by block: the weights so far, and the hidden states at the boundary that they have reached."""
 
-    def __init__(
-        self,
-        calibration: Calibration,
-        candidates: Candidates,
-        recipes: dict[str, str],
-        tuner: Tuner,
-        batches: tuple[Batch, ...],
-    ) -> None:
-        self.calibration, self.candidates, self.recipes = calibration, candidates, recipes
-        self.tuner, self.batches, self.network = tuner, batches, calibration.network
-        self.stored: Fetches = fetches(candidates, recipes)
-        files = [str(file_of(candidates, name, recipes[name]).relative_to(calibration.folder)) for name in self.stored]
-        self.remaining = frozenset(candidates.order(recipes))  # a plan may have taken blocks out
-        tokens = sum(b.tokens.numel() for b in batches)
-        start = {"recipes": recipes, "files": files, "tuner": repr(tuner), "tokens": tokens}
-        self.key = identity_of(start)[:16]
-        self.folder = calibration.folder / f"tuned-{self.key}"
-        self.folder.mkdir(exist_ok=True)
-        self.labels, self.plain = candidates.alternatives(recipes), candidates.plain(recipes)
-        self.tuned: dict[str, Any] = {}
-        self.weights = Overlay(self.network, self.stored, self.plain)
-        self.streamer = Streamer(self.network, self.weights, calibration.device)
+    def __init__(self, forms: TunedForms, batches: tuple[Batch, ...]) -> None:
+        calibration = self.calibration = forms.calibration
+        self.forms, self.tuner, self.batches, self.network = forms, forms.tuner, batches, calibration.network
+        self.remaining = frozenset(forms.candidates.order(forms.recipes))  # a plan may have taken blocks out
+        weights = Overlay(self.network, forms.stored, forms.candidates.plain(forms.recipes))
+        self.streamer = Streamer(self.network, weights, calibration.device)
         self.dense = calibration.inputs(batches)
-        self.hidden = boundaries(self.folder, "hidden", batches, calibration.width, len(self.dense))
-        self.parts = [
-            (i, slice(start, min(start + tuner.sequences, len(batch.tokens))))
-            for i, batch in enumerate(batches)
-            for start in range(0, len(batch.tokens), tuner.sequences)
-        ]
+        self.hidden = boundaries(forms.folder, "hidden", batches, calibration.width, len(self.dense))
+        self.parts = parts_of(batches, self.tuner.sequences)
 
-    def entry(self, block: str) -> str:
-        return f"tuned/{self.key}/{block}"
-
-    def tune(self, index: int) -> dict[str, Any]:
-        """Tune a block and write what changed; returns the journal's entry."""
+    def tune(self, index: int) -> Tuned:
+        """What a tuner changes in a block, by site."""
         if index not in self.remaining:
-            return {"sites": {}, "error": [0.0, 0.0]}
-        inputs = self.inputs(index)
-        found = self.tuned_block(index, inputs)
-        specs, path = {}, self.network.tree.blocks[index]
-        for relative, encoded in found.encoded.items():
-            name = f"{path}.{relative}"
-            check_layout(name, self.stored[name](), encoded)
-            tensors = {f"0/weight{suffix}": tensor.cpu() for suffix, tensor in encoded.tensors().items()}
-            layout = {k: (t.dtype, tuple(t.shape)) for k, t in tensors.items()}
-            write(self.file(name), layout, tensors.__getitem__)
-            specs[name] = encoded.spec()
-        return {"sites": specs, "error": [found.before, found.after]}
-
-    def take_up(self, block: str) -> None:
-        """Put a finished block's tuned forms in place of the old ones."""
-        for site, spec in self.calibration.journal[self.entry(block)]["sites"].items():
-            stored = Stored(self.file(site), 0, spec)
-            found, self.stored[site] = self.candidates.sites[site], stored.read
-            chosen = next(c for c in found.candidates if c.recipe == self.recipes[site])
-            self.tuned[site] = replace(found, candidates=(chosen,), stored=(stored,))
-
-    def file(self, site: str) -> Path:
-        return self.folder / f"{site}.safetensors"
+            return Tuned({}, 0.0, 0.0)
+        found, path = self.tuned_block(index, self.inputs(index)), self.network.tree.blocks[index]
+        return replace(found, encoded={f"{path}.{relative}": form for relative, form in found.encoded.items()})
 
     # ------------------------------------------------------------ the block
 
@@ -131,9 +92,9 @@ class _Run:
         streamer, path = self.streamer, self.network.tree.blocks[index]
         learn_output_shape(streamer, self.batches[0], inputs)
         sites = {s.name.removeprefix(f"{path}."): s for s in self.network.tree.of_block(path)}
-        encoded = {relative: self.stored[site.name]() for relative, site in sites.items()}
+        encoded = {relative: self.forms.stored[site.name]() for relative, site in sites.items()}
         encoded = {relative: form for relative, form in encoded.items() if self.tuner.touches(form)}
-        dense = self.dense_weights(path, {relative: sites[relative] for relative in encoded}, encoded)
+        dense = self.forms.dense_weights(self.network, {sites[relative]: form for relative, form in encoded.items()})
         with torch.no_grad(), streamer.head_of_network() as enter:
             calls = [enter(self.batches[i].rows(rows.start, rows.stop), index)[1] for i, rows in self.parts]
         targets = self.dense[index + 1]
@@ -158,21 +119,10 @@ class _Run:
                 return out[0] if isinstance(out, tuple) else out
 
             task = TunedBlock(
-                path, encoded, dense, len(self.parts), forward, lambda part: read(targets, part), counted,
-                self.calibration.seed * 1_000_003 + index,
+                path, encoded, {relative: dense[sites[relative].name] for relative in encoded}, len(self.parts),
+                forward, lambda part: read(targets, part), counted, self.calibration.seed * 1_000_003 + index,
             )  # fmt: skip
             return self.tuner.tune(task)
-
-    def dense_weights(self, path: str, sites: Mapping[str, Site], encoded: Mapping[str, Encoded]) -> dict[str, Tensor]:
-        """The matrices that were encoded, rewritten where the plan takes the block rewritten.
-
-        Where a rewritten matrix was not kept, its stored form stands for it.
-        """
-        label = self.labels.get(path)
-        if label is None:
-            return {relative: self.network.read_site(site) for relative, site in sites.items()}
-        kept = kept_values(self.candidates.folder, path, label, "weight")
-        return {r: kept[s.name] if s.name in kept else encoded[r].decode() for r, s in sites.items()}
 
     # ------------------------------------------------------------ hidden states
 
@@ -197,17 +147,3 @@ class _Run:
         else:
             after.write(before.read(i) for i in range(len(self.batches)))
         self.hidden[index - 1].remove()
-
-
-def file_of(candidates: Candidates, name: str, recipe: str) -> Path:
-    found = candidates.sites[name]
-    return found.stored[[c.recipe for c in found.candidates].index(recipe)].file
-
-
-def check_layout(name: str, old: Encoded, new: Encoded) -> None:
-    """A tuner that changes a layout would break the promised size: that is our mistake, not the user's."""
-    sizes = [{k: (t.dtype, tuple(t.shape)) for k, t in form.tensors().items()} for form in (old, new)]
-    if sizes[0] != sizes[1] or old.spec() != new.spec():
-        raise RuntimeError(
-            f"tuning changed the layout of {name} from {layout_bytes(sizes[0])} to {layout_bytes(sizes[1])} bytes"
-        )

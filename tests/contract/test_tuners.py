@@ -1,11 +1,10 @@
-"""The laws that every registered tuner obeys, on a block of every kind of network."""
+"""The laws that every registered tuner obeys, on every kind of network; one block has 2 bits and one 3."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,12 +15,13 @@ from layerwise.calibrate.passes import Calibration
 from layerwise.encoding.dense import Dense
 from layerwise.engine.progress import Stopwatch
 from layerwise.kept import Candidates
-from layerwise.technique import Tuner, find, names
+from layerwise.technique import Tuner, find, names, parse_tuner
 from layerwise.tuning import tune
 
 NETWORKS = ("tiny_llama", "tiny_gpt2", "tiny_bert")
-RECIPE = "rtn:bits=3,group=32"
+RECIPES = ("rtn:bits=3,group=32", "rtn:bits=2,group=32")  # of two blocks in turn
 STEPS = 12
+GIVES_UP_LEVELS = {"ternary_binary"}  # so a few steps do not yet beat what was given; they must not harm it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +59,25 @@ def planned(request: pytest.FixtureRequest, sentences: Path, tmp_path_factory: p
     calibration = layerwise.calibrate(
         network, str(sentences), work=tmp_path_factory.mktemp("tuned") / "work", sequences=48, length=32, threads=1
     )
-    found = layerwise.candidates(calibration, techniques=(RECIPE,))
-    recipes = {
-        name: next((c.recipe for c in site.candidates if c.recipe.startswith("rtn")), site.candidates[0].recipe)
-        for name, site in found.sites.items()
-    }
-    left_alone = next(s.name for s in network.tree.sites if s.block == network.tree.blocks[1])
+    found = layerwise.candidates(calibration, techniques=RECIPES)
+    blocks = network.tree.blocks
+    recipes = {}
+    for name, site in found.sites.items():
+        bits = "bits=2" if site.site.block == blocks[0] else "bits=3"
+        offered = [c.recipe for c in site.candidates if c.recipe.startswith("rtn") and bits in c.recipe]
+        recipes[name] = (offered or [c.recipe for c in site.candidates])[0]
+    left_alone = next(s.name for s in network.tree.sites if s.block == blocks[1])
     recipes[left_alone] = next(c.recipe for c in found.sites[left_alone].candidates if c.recipe.startswith("dense"))
     return Planned(calibration, found, recipes, left_alone)
 
 
-@pytest.fixture(params=names(Tuner))
+@pytest.fixture(params=[*names(Tuner), "signround:scope=network"])
 def tuner(request: pytest.FixtureRequest) -> Tuner:
-    return made(request.param, STEPS)
+    return in_steps(parse_tuner(request.param), STEPS)
 
 
-def made(name: str, steps: int) -> Tuner:
-    options: dict[str, Any] = {"steps": steps}
-    found = find(name)(**options)
-    assert isinstance(found, Tuner)
-    return found
+def in_steps(tuner: Tuner, steps: int) -> Tuner:
+    return dataclasses.replace(tuner, steps=steps)  # type: ignore[type-var]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -86,12 +85,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_there_are_tuners() -> None:
-    assert "signround" in names(Tuner)
+    assert {"signround", "flexround", "lsq"} <= set(names(Tuner))
+    assert {find(name)().scope for name in names(Tuner)} == {"block", "network"}  # type: ignore[attr-defined]
 
 
 def test_zero_steps_change_nothing(planned: Planned, tuner: Tuner) -> None:
     before = planned.tensors(planned.candidates)
-    after = planned.tensors(planned.tuned(made(tuner.name, 0)))
+    after = planned.tensors(planned.tuned(in_steps(tuner, 0)))
     assert all(same(before[name], after[name]) for name in before)
 
 
@@ -100,7 +100,9 @@ def test_the_error_falls_in_the_same_layout(planned: Planned, tuner: Tuner) -> N
     after = planned.tensors(found)
     changed = {name for name in before if not same(before[name], after[name])}
     blocks = planned.calibration.network.tree.blocks
-    assert changed and all(planned.calibration.network.tree.find(name).block in blocks for name in changed)
+    assert (changed or tuner.name in GIVES_UP_LEVELS) and all(
+        planned.calibration.network.tree.find(name).block in blocks for name in changed
+    )
     for name in before:
         shapes = [{k: (t.dtype, t.shape) for k, t in tensors[name].items()} for tensors in (before, after)]
         assert shapes[0] == shapes[1]

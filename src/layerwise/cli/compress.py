@@ -47,7 +47,7 @@ def compress(
     ] = False,
     tune: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="TUNER", help="Then improve the stored values, block by block: signround:steps=200."),
+        typer.Option(metavar="TUNER", help="Then improve the stored values: signround:steps=200."),
     ] = None,
     no_baseline: Annotated[bool, typer.Option("--no-baseline", help="Do not measure the uniform baseline.")] = False,
     force: shared.Force = False,

@@ -166,7 +166,7 @@ class Streamer:
             return recorders[i]
 
         with self._blocks_replaced(stand_in), contextlib.suppress(_Reached):
-            self.network.module(**self._arguments(batch))
+            self.network.module(**self.arguments(batch))
         return recorders[0].hidden, recorders[stop].call
 
     # ------------------------------------------------------------ after the blocks
@@ -184,11 +184,12 @@ class Streamer:
             return _Player(block, hidden if i == last else None, self.tuple_length or 0)
 
         with self._blocks_replaced(stand_in):
-            return self.network.module(**self._arguments(batch))
+            return self.network.module(**self.arguments(batch))
 
     # ------------------------------------------------------------ parts
 
-    def _arguments(self, batch: Batch) -> dict[str, Any]:
+    def arguments(self, batch: Batch) -> dict[str, Any]:
+        """What the network's own forward is called with."""
         given = {k: v.to(self.device) for k, v in batch.arguments().items()}
         return given if batch.pixels is not None else {**given, "use_cache": False}
 
