@@ -91,7 +91,7 @@ def test_rises_are_runs_of_the_network(measures: NetworkMeasures, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    "rule", ["hawq", "hawq:rule=knapsack", "layerwise_quant:score=zd", "aptq_trace", "high_impact"]
+    "rule", ["hawq", "hawq:rule=knapsack", "layerwise_quant:score=zd", "aptq_trace", "high_impact_ratio"]
 )
 def test_every_rule_plans_a_network(rule: str, measures: NetworkMeasures) -> None:
     tree, allocator = measures.candidates.tree(), parse_allocator(rule)

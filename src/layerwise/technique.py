@@ -269,6 +269,8 @@ def technique_files() -> Mapping[str, str]:
     for family in FAMILIES:
         for path in sorted((root / family).glob("*.py")):
             if not path.stem.startswith("_") and "\n@technique(" in path.read_text(encoding="utf-8"):
+                if path.stem in found:
+                    raise RuntimeError(f"two technique files are named {path.stem}: {found[path.stem]} and {path}")
                 found[path.stem] = f"layerwise.{family}.{path.stem}"
     return found
 

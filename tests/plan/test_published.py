@@ -14,7 +14,7 @@ from tests.plan.reference import milp_damage
 from tests.plan.trees import block_tree, network_tree
 
 from layerwise.errors import InputError
-from layerwise.plan import high_impact
+from layerwise.plan import high_impact_ratio
 from layerwise.plan.adaquant_ip import rises
 from layerwise.plan.inter_layer import interactions
 from layerwise.plan.measures import Place, asked, parse_allocator
@@ -239,7 +239,7 @@ def test_the_program_meets_its_optimality_conditions() -> None:
     factor = generator.normal(size=(6, 6))
     shared, gain, extra = factor @ factor.T / 6, -1 - generator.random(6), 1 + generator.random(6)
     for room in (0.5, 2.0, 5.0):
-        r = high_impact.shares_within(gain, shared, extra, room)
+        r = high_impact_ratio.shares_within(gain, shared, extra, room)
         assert extra @ r <= room + 1e-6
         price = -(gain + shared @ r) / extra
         inside = (r > 1e-4) & (r < 1 - 1e-4)
@@ -251,15 +251,15 @@ def test_the_program_meets_its_optimality_conditions() -> None:
 
 
 def test_equal_sites_share_equally_and_negative_curvature_is_given_up() -> None:
-    r = high_impact.shares_within(-np.ones(4), 0.5 * np.eye(4), np.ones(4), 1.0)
+    r = high_impact_ratio.shares_within(-np.ones(4), 0.5 * np.eye(4), np.ones(4), 1.0)
     assert r == pytest.approx([0.25] * 4, abs=1e-5)
-    fixed = high_impact.semidefinite(np.array([[0.0, 1.0], [1.0, 0.0]]))
+    fixed = high_impact_ratio.semidefinite(np.array([[0.0, 1.0], [1.0, 0.0]]))
     assert np.linalg.eigvalsh(fixed).min() >= -1e-12
 
 
 def test_the_model_is_what_was_measured_and_ends_at_the_two_levels() -> None:
     measures = quadratic(6)
-    rule = parse_allocator("high_impact:reach=9")
+    rule = parse_allocator("high_impact_ratio:reach=9")
     node, _ = settled(measures.tree)
     low, high = level_of(node, 2, measures.places), level_of(node, 4, measures.places)
     gain, _ = rule.model(low, high, measures)  # type: ignore[attr-defined]
@@ -267,7 +267,7 @@ def test_the_model_is_what_was_measured_and_ends_at_the_two_levels() -> None:
         [{s: c.recipe for s, c in low.items()}, {s: (high if s == "s2" else low)[s].recipe for s in low}]
     )
     assert gain[2] == pytest.approx(raised - start, rel=1e-9)
-    assert set(bits(plan("high_impact", measures, between(measures, 0))).values()) == {2}
+    assert set(bits(plan("high_impact_ratio", measures, between(measures, 0))).values()) == {2}
 
 
 def test_the_quadratic_program_beats_the_linear_one_where_errors_meet() -> None:
@@ -276,6 +276,6 @@ def test_the_quadratic_program_beats_the_linear_one_where_errors_meet() -> None:
     for seed in range(12):
         measures = quadratic(seed)
         budget = between(measures, 0.4)
-        full.append(measures.loss(plan("high_impact:reach=9", measures, budget)))
-        linear.append(measures.loss(plan("high_impact:cross=false", measures, budget)))
+        full.append(measures.loss(plan("high_impact_ratio:reach=9", measures, budget)))
+        linear.append(measures.loss(plan("high_impact_ratio:cross=false", measures, budget)))
     assert np.mean(np.log(full)) < np.mean(np.log(linear))

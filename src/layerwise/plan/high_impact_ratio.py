@@ -37,7 +37,7 @@ RUNGS = 16
 
 
 @technique(paper="Layer-wise high-impact ratio PTQ", needs={MEASURED_RISES})
-class HighImpact(Allocator):
+class HighImpactRatio(Allocator):
     """Two levels a site, chosen by a quadratic program over measured gains and what they share."""
 
     low: float = option(2.0, minimum=1, maximum=16, help="bits a weight of what is not raised")
