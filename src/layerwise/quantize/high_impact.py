@@ -13,6 +13,10 @@ bits instead of 16, so that more of them can be kept, and choose each layer's sh
 is an allocator's; here the share is an option. Choices of ours: the impact score above; whole columns instead of
 entries, whose mask would cost more than 0.2 bits a weight; the share rounded to multiples of 8 columns; the expensive
 quantizer for the high part is GPTQ with clip search, as for the rest, and a tuner may follow.
+
+Measured on the seven linears of a block of a small language model, held-out output error: a fifth at 4 and the rest at
+2 bits, groups of 32, leave 0.84 of GPTQ's at 2 bits and groups of 16, in as many bytes (3.11 bits a weight); a little
+above, at 3.23, GPTQ at 3 bits leaves less than half of what 40 % at 4 and 60 % at 2 bits leave.
 """
 
 from __future__ import annotations

@@ -18,6 +18,12 @@ of ours: i = 0 is searched, so nothing is mixed that is better uniform; a short 
 is exact; lambda is the ratio of the mean delta of salient to other weights, at most 100 (their code's 1 leaves a plain
 search); grids are static; one bit has no mean. ``search=clip`` fits the library's clip-searched grids instead of SQC,
 ``allocate=false`` leaves the bits uniform.
+
+Measured on the seven linears of a block of a small language model (192 and 512 inputs, groups of 32), held-out output
+error: the search moves no bit, since no group of such a network is salient enough to pay for another's; SQC's range of
+10 % leaves 0.99, 1.01 and 1.02 of the clip search's error at 4, 3 and 2 bits. Where one group of columns has four times
+the inputs of the others (a test) mixing leaves less than 0.7 of the uniform error. On the whole network at 2 bits it is
+behind even round to nearest with clip search (its evidence): use ``search=clip`` there.
 """
 
 from __future__ import annotations
