@@ -11,6 +11,9 @@ the start above; none of that is here. In place of the trained scale, ``fit`` fi
 so the error never rises. Ours too: groups of columns (the paper has a scale a row), and ``feedback``: signs
 chosen against the loss, errors absorbed by later columns and rows, scales and means then refitted to the signs under
 it. The decoded row has the mean back, which costs 16 / n bits; ``centred=false`` leaves it out.
+
+Measured on ``examples/docs-lm`` (KL to the dense network, int8 tables): a scale a row 2.08, with feedback 1.48, both
+ruinous on every linear; in a plan that may pick it for a few it pays at 2 bits a weight and below: see TERNARY.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ leaves open the order of ties (ours: lexicographic), the limit on the condition 
 - ``weighted``: errors count by the inputs' mean squares.
 - ``feedback``: the last choice of trits rounds against the loss, errors absorbed by later columns and rows; scales
   and trits then take a few more turns under that loss, the scales of a group in all rows at once.
+
+Measured on ``examples/docs-lm`` (KL to the dense network, int8 tables): in groups of 128 0.079, where clip-searched
+rounding to nearest at 3 bits in groups of 32, 1.5 % larger, leaves 0.075: about level. In plans it is hardly picked.
 """
 
 from __future__ import annotations
