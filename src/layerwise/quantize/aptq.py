@@ -16,6 +16,9 @@ where one matrix makes queries, keys and values at once, and where attention is 
 Source: Z. Guan et al., arXiv 2402.14866. Left open there: the derivatives, and how one matrix serves several heads
 (ours: the sum over heads, one factorisation a matrix). Its allocation of bits by the trace of H is not an encoder's
 work and not done here. Choices of ours in GPTQ are those of ``quantize.gptq``.
+
+Measured once (docs-lm, one calibration seed, KL on held-out text): 0.0749 at 3 bits and 0.400 at 2, where GPTQ has
+0.0750 and 0.394: no gain there, where shared key heads and rotary positions make the keys' curvature approximate.
 """
 
 from __future__ import annotations

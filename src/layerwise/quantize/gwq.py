@@ -17,6 +17,10 @@ tokens are such a draw, so the magnitudes have the same mean; more draws and mor
 them less noisy. Ties go to the entry that comes first. Where the gradient at each weight is not known (tables, heads,
 experts that no token reached) the root of the product of its marginals' diagonals stands in, ``sqrt(R_ii C_jj)``, which
 is exact up to a factor where ``M`` varies by rows and columns independently.
+
+Measured (docs-lm, ``layerwise bench gwq``): the kept 1 % lower the KL at 3 bits, groups of 64, from 0.0866 to 0.0826
+and cost 9 % more bytes. Round to nearest spends those better: 0.0350 when widths and groups are planned within as many
+bytes, 0.0292 as a uniform setting a little larger. The same holds at 4 and 2 bits: a negative result on that network.
 """
 
 from __future__ import annotations
