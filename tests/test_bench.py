@@ -9,8 +9,12 @@ import pytest
 from tests.command import Done, layerwise
 
 from layerwise import bench as module
+from layerwise import probe_trials
 from layerwise.bench import Bench, bench, check
 from layerwise.errors import InputError
+from layerwise.network.network import Network
+from layerwise.probe.measurement import Column, Measurement
+from layerwise.probe.measurement import Row as Measured
 from layerwise.technique import Allocator
 from layerwise.trials import settings_of
 
@@ -80,12 +84,34 @@ def test_a_rewrite_that_no_checkpoint_holds_is_measured_in_memory(given: dict[st
     assert all(row.bytes < row.baseline.bytes for row in rows)
 
 
-def test_a_probe_is_held_against_sizes_and_places(given: dict[str, Any]) -> None:
-    rows = bench(Bench("spectrum_alpha:smallest=10", **given, seeds=(0,))).rows
+class Weighing:
+    """Stands for a probe whose figure is the number of weights of a linear."""
+
+    def measure(self, network: Network, calibration: object) -> Measurement:
+        rows = tuple(Measured(s.name, (s.parameters,)) for s in network.tree.sites if s.kind == "linear")
+        return Measurement("weighing", "", network.name, network.architecture, (Column("weights"),), rows, "", "")
+
+    def __str__(self) -> str:
+        return "weighing"
+
+
+def test_a_probe_is_held_against_sizes_and_places(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_trials, "parse_probe", lambda text, seed=0: Weighing())
+    rows = bench(Bench("spectrum_alpha", **given, seeds=(0,))).rows
     assert [row.baseline.recipe for row in rows] == ["number of weights", "place in the network"]
-    assert all(0 <= row.value <= 1 and "rank correlation" in row.metric for row in rows)
+    assert rows[0].setting == "weighing: weights of 14 places, each stored as rtn:bits=3,group=64"
+    assert 0 <= rows[0].value == rows[0].baseline.value <= 1 and rows[0].metric == probe_trials.METRIC
+
+
+def test_two_blocks_are_too_few_to_rank(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"figures for 2 places of .*; 3 are needed"):
         bench(Bench("block_influence", **given, seeds=(0,)))
+
+
+def test_ranks_that_agree_or_disagree_whole_have_no_disorder() -> None:
+    assert probe_trials.disorder([1, 2, 3], [10, 20, 30]) == pytest.approx(0.0)
+    assert probe_trials.disorder([1, 2, 3], [30, 20, 10]) == pytest.approx(0.0)
+    assert probe_trials.disorder([1, 1, 1], [30, 20, 10]) == 1.0
 
 
 def test_the_example_of_a_rewrite_is_one_that_it_accepts(docs_lm: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.bench import Bench, read_seeds
+from layerwise.bench import ROLES, Bench, read_seeds
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -19,8 +19,9 @@ from layerwise.evidence.rows import (
     techniques_with_evidence,
     write_evidence,
 )
+from layerwise.probe_trials import METRIC
 from layerwise.technique import find, names
-from layerwise.trials import ROLES
+from layerwise.whole_trials import EXACTNESS
 
 TECHNIQUES = techniques_with_evidence()
 
@@ -60,8 +61,8 @@ def test_rows_are_measurements(name: str) -> None:
     found = read_evidence(name)
     assert found is not None
     for row in found.rows:
-        assert row.metric in ("kl", "distance")
-        assert row.value > 0 and row.baseline.value > 0 and 0 <= row.spread < row.value
+        assert row.metric in ("kl", "distance", EXACTNESS, METRIC)
+        assert row.value > 0 and row.baseline.value > 0 and 0 <= row.spread <= row.value
         assert row.bytes > 0 and row.baseline.bytes > 0
         assert {"python", "torch", "layerwise"} <= set(row.versions)
         same_setting = [other for other in found.rows if other.setting == row.setting]

@@ -10,7 +10,8 @@ rounding the network is the same function: ``reparametrised``.
 As a rewrite of a block it uses the symmetric form, k = 0, which RMSNorms need (they have no bias) and which moves
 nothing but scales; s_c is the channel's root mean square, whose multiple (how many deviations are kept) cancels in r.
 What it is for is activations at 8 bits and fewer. To the weights alone it does the opposite of AWQ: columns of large
-inputs grow, and the rounding of a row sees them. Where an activation is rounded per token or not at all, leave it out.
+inputs grow, and the rounding of a row sees them: on docs-lm KL at 4 / 3 / 2 bits in groups of 64 rises from 0.0208 /
+0.0866 / 0.426 to 0.0223 / 0.0941 / 0.459. Where activations are rounded per token or not at all, leave it out.
 
 Source: Li et al., *RepQuant*, arXiv 2402.05628, its part A as in RepQ-ViT, arXiv 2212.08254. Left open there: what a
 range is (second moments here, as the blocks' statistics know no smallest and largest), channels that are always zero
