@@ -12,6 +12,9 @@ finds the same optimum. A candidate at 16 bits is given the smallest rise withou
 Limits: errors of several layers are added up as if they never met, and a rise below the noise of the tokens is noise.
 A rewritten block cannot be measured one site at a time, so candidates behind rewrites are refused.
 
+Measured on docs-lm against plans by predicted damage: equal at 4 and 3 bits, 7 % less KL at 2, where changes are too
+large for a second-order prediction; it costs a run of the network for every candidate of every site.
+
 Source: I. Hubara et al., Improving Post Training Neural Quantization, arXiv 2006.10518, and its code.
 """
 

@@ -11,6 +11,9 @@
 Eigenvalues are those of the Gauss-Newton block in Kronecker form (``sensitivity/hessian.py``), not of the exact block;
 all candidates are weights only, activations stay as they are, and nothing is fine-tuned in between.
 
+Measured on docs-lm (5 blocks, linears at 2 or 4 bits, half the weights at 4): KL 0.185 by lambda / n, 0.142 by the
+mean eigenvalue, 0.261 for random orders, 0.332 for lambda / n reversed, 0.130 by layerwise's own score a byte.
+
 Sources: Z. Dong et al., HAWQ, arXiv 1905.03696; HAWQ-V2, arXiv 1911.03852; HAWQ-V3, arXiv 2011.10680.
 """
 

@@ -10,6 +10,10 @@ average bits: blocks need not be of equal size). The paper goes from 4 to 2 bits
 decides which pair of ``levels`` it lies between. Chosen here: what lies outside the blocks (tables) is raised
 before any block, the paper leaves it at 16 bits; all linears of a block that are not searched keep their one form.
 
+Measured on docs-lm with three of five blocks at 4 bits and the rest at 2: KL 0.145 by LIM, 0.153 by ZD, 0.279 on
+average over random orders, 0.346 and 0.343 with the two orders reversed. A budget between two blocks leaves bytes
+unused, so with few blocks the rule loses to uniform rounding with finer groups in as many bytes.
+
 Source: R.-G. Dumitru et al., Layer-Wise Quantization, arXiv 2406.17415.
 """
 
