@@ -22,8 +22,8 @@ the dense network is the teacher. Activations stay at 16 bits, where the paper h
 
 Measured on ``examples/docs-lm``, int8 tables, groups of 64, 96 sequences of 128 tokens, round to nearest at 2 bits, 100
 steps, one seed: KL to the dense network 0.430 -> 0.091 on the sequences it trains on and 0.430 -> 0.258 on held-out
-text. So few sequences are learned by heart long before the rounding is learned; the distance between the two figures is
-what more text could still give.
+text. SIGNROUND, which goes block by block, reaches 0.228 from the same in as many steps: a negative result. So few
+sequences are learned by heart long before the rounding is; whether more text turns it round was not tested.
 """
 
 from __future__ import annotations

@@ -21,6 +21,11 @@ which the paper rounds by the same rule, stay at 16 bits; and the levels are tho
 where the paper's lie at odd half steps. So the constant is not the Gaussian one either: it is the ratio of the step
 that an encoder chose for the group to the group's root mean square, kept throughout. Adam with half a cosine; no
 labels, since the dense network is the teacher.
+
+Measured on ``examples/docs-lm``, int8 tables, groups of 64, 96 sequences of 128 tokens, round to nearest at 2 bits, 100
+steps, one seed: KL to the dense network 0.430 -> 0.090 on the sequences it trains on and 0.430 -> 0.257 on held-out
+text. Learned steps (LSQ) in its place: 0.258, so without the rotation computed steps do as well and no better.
+SIGNROUND, block by block, reaches 0.228 in as many steps: with so little text training the whole network does not pay.
 """
 
 from __future__ import annotations
