@@ -33,7 +33,7 @@ from layerwise.network.artifact import weights_bytes
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
 from layerwise.plan.pareto import Pareto
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 from layerwise.uniform import GROUPS, WIDTHS, encode_uniform, uniform_choice
 
 NETWORK = os.path.relpath(ROOT / "build" / "demo" / "minilm")

@@ -19,7 +19,8 @@ import torch
 from torch.nn import functional
 
 from layerwise.network.norms import Basis, CompressedRmsNorm, RmsNorm
-from layerwise.technique import NetworkRewrite, parse_technique
+from layerwise.recipe import parse_technique
+from layerwise.technique import NetworkRewrite
 
 
 def main() -> int:

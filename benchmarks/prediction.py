@@ -31,7 +31,7 @@ from layerwise.kept import Candidates, overlay, uniform_plan
 from layerwise.network.overlay import Overlay
 from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.plan.pareto import Pareto
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 from layerwise.uniform import unreached_recipes
 
 GROUP = 64

@@ -39,7 +39,8 @@ from layerwise.plan.menu import Menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Choice, Leaf, Node, Sum
 from layerwise.prepare import site_bytes
-from layerwise.technique import GRADIENT_MOMENT, parse_recipe
+from layerwise.recipe import parse_recipe
+from layerwise.technique import GRADIENT_MOMENT
 from layerwise.uniform import Baseline, encode_uniform, uniform_choice, unreached_recipes
 
 GROUP = 64

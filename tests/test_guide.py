@@ -14,7 +14,7 @@ import torch
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import layout_bytes
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

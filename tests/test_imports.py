@@ -19,6 +19,7 @@ EVERYTHING = frozenset({"*"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "technique": frozenset(),
+    "recipe": frozenset({"technique"}),
     "kernels": frozenset(),
     "engine": frozenset(),
     "network": frozenset(),
@@ -26,7 +27,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "calibrate": frozenset({"network", "loss"}),
     "encoding": frozenset({"kernels"}),
     "sensitivity": frozenset({"technique", "calibrate"}),
-    "plan": frozenset({"technique", "sensitivity", "encoding"}),
+    "plan": frozenset({"technique", "recipe", "sensitivity", "encoding"}),
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
     "generate": frozenset({"network", "kernels"}),
     "probe": frozenset({"technique", "network", "calibrate"}),
@@ -175,7 +176,7 @@ def test_only_the_composition_knows_the_composition() -> None:
 
 def test_folders_do_not_know_the_acts() -> None:
     """What lies in a folder is called by the acts' own files and never calls them back."""
-    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "loss", "__init__"}
+    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "recipe", "loss", "__init__"}
     folders = {p.relative_to(PACKAGE).parts[0] for p in sources() if p.parent != PACKAGE} - {"cli"}
     # Acts and folders may share a name (plan, calibrate); a folder that imports itself is no act.
     broken = [str(f) for f in INSIDE if f.owner in folders and f.area in acts and f.area != f.owner]

@@ -10,7 +10,8 @@ from tests.vision import random_inputs, tiny_resnet
 
 import layerwise
 from layerwise.compress import Result
-from layerwise.technique import OF_THE_REVERSE_PASS, parse_recipe
+from layerwise.recipe import parse_recipe
+from layerwise.technique import OF_THE_REVERSE_PASS
 
 SMALL: dict[str, Any] = {"sequences": 64, "length": 32, "threads": 1, "baseline": False}
 BOTH = ("rsq:bits=3,group=32", "gwq:bits=3,group=32,share=0.02")

@@ -14,7 +14,7 @@ from layerwise.compress import Result
 from layerwise.engine.progress import Stopwatch
 from layerwise.evaluate.compare import compare
 from layerwise.kept import overlay
-from layerwise.technique import parse_tuner
+from layerwise.recipe import parse_tuner
 from layerwise.tuning import tune
 
 SMALL: dict[str, Any] = {"sequences": 48, "length": 32, "threads": 1, "workers": 1, "baseline": False}

@@ -54,8 +54,9 @@ from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation
 from layerwise.prepare import Options, check_device, check_tokens, longest, open_tokenizer, reachable
 from layerwise.probe.measurement import Measurement
+from layerwise.recipe import parse_probe
 from layerwise.removal import find_removals
-from layerwise.technique import BLOCK_INPUTS, Probe, parse_probe
+from layerwise.technique import BLOCK_INPUTS, Probe
 from layerwise.wanted import wanted_by
 
 if TYPE_CHECKING:

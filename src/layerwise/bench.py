@@ -25,7 +25,8 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.probe_trials import probe_trials
-from layerwise.technique import NetworkRewrite, Probe, Technique, find, parse_technique
+from layerwise.recipe import parse_technique
+from layerwise.technique import NetworkRewrite, Probe, Technique, find
 from layerwise.trials import ROLES as BY_LOSS
 from layerwise.trials import Ground, Trial
 from layerwise.wanted import wanted_of

@@ -31,6 +31,7 @@ from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated,
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import UNREACHED, Menu
 from layerwise.plan.tree import Candidate
+from layerwise.recipe import parse_recipe
 from layerwise.rewriting import (
     AS_IS,
     Alternative,
@@ -42,7 +43,6 @@ from layerwise.rewriting import (
     keep_alternative,
 )
 from layerwise.sensitivity.kronecker import damage
-from layerwise.technique import parse_recipe
 
 
 def find_candidates(

@@ -34,11 +34,12 @@ from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, prepare
 from layerwise.quality import smallest_within
+from layerwise.recipe import parse_recipe, parse_tuner
 from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.sequential import propagate
-from layerwise.technique import SECOND_MOMENT, parse_recipe, parse_tuner
+from layerwise.technique import SECOND_MOMENT
 from layerwise.tuning import tune
 from layerwise.uniform import Baseline, find_baseline
 from layerwise.wanted import wanted_by

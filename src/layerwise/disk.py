@@ -10,7 +10,7 @@ from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, Wanted
 from layerwise.errors import InputError
 from layerwise.network.network import Network, hidden_width
 from layerwise.prepare import Options, Prepared, recipes_for, site_bytes
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 from layerwise.wanted import wanted_by
 
 LARGEST_KEPT = 4_000_000_000  # bytes; larger statistics are gathered again by a second reverse pass

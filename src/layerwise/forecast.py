@@ -15,8 +15,8 @@ from layerwise.calibrate.splits import tokens_in
 from layerwise.disk import disk_needed
 from layerwise.network.network import output_width
 from layerwise.prepare import Options, Prepared, longest, prepare, recipes_for
+from layerwise.recipe import parse_tuner
 from layerwise.report.figures import duration, megabytes
-from layerwise.technique import parse_tuner
 
 SECONDS_PER_WEIGHT = 2.5e-7  # one candidate of the slowest encoder, one thread
 TRAINED_VALUES = 12  # float32 a weight that a whole network in training holds: latent, moments, codes, gradients

@@ -25,8 +25,9 @@ from layerwise.network.sites import Site
 from layerwise.network.sizes import plain_bytes, plain_of_block
 from layerwise.plan.menu import fitted
 from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
+from layerwise.recipe import parse_technique, surgery
 from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
-from layerwise.technique import BlockMeasure, parse_technique, surgery
+from layerwise.technique import BlockMeasure
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from layerwise.engine.progress import Progress
 from layerwise.errors import InputError
 from layerwise.kept import Candidates, fetches, statistics_file
 from layerwise.plan.measures import Measures, Place
+from layerwise.recipe import parse_technique, surgery
 from layerwise.removal import block_influence, changed_on_steer
 from layerwise.rewriting import AS_IS, Rewriter, chain_of, kept_values
 from layerwise.sensitivity.hessian import Hessian, hessian_of
-from layerwise.technique import SECOND_MOMENT, Scorer, parse_technique, surgery
+from layerwise.technique import SECOND_MOMENT, Scorer
 
 RUNS_AT_ONCE = 32  # journaled together
 

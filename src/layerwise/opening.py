@@ -6,7 +6,8 @@ from pathlib import Path
 
 from layerwise.errors import InputError
 from layerwise.network.network import Network, open_network
-from layerwise.technique import NetworkRewrite, names, parse_technique
+from layerwise.recipe import parse_technique
+from layerwise.technique import NetworkRewrite, names
 
 
 def open_rewritten(source: str | Path, dtype: str = "auto", rewrite: str | None = None) -> Network:

@@ -32,7 +32,8 @@ from layerwise.plan.file import read_plan
 from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
-from layerwise.technique import BlockMeasure, parse_recipe, parse_technique, parse_tuner
+from layerwise.recipe import parse_recipe, parse_technique, parse_tuner
+from layerwise.technique import BlockMeasure
 
 METADATA = {"format": "pt"}
 

@@ -19,8 +19,8 @@ from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.plan.menu import fitted
 from layerwise.probe.measurement import Measurement
+from layerwise.recipe import parse_probe, parse_recipe
 from layerwise.removal import measure_on_steer, measure_removals
-from layerwise.technique import parse_probe, parse_recipe
 from layerwise.trials import FLOOR, GROUP, Figures, Ground, Side, Trial
 
 BITS = 3

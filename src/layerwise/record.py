@@ -23,9 +23,9 @@ from layerwise.plan.constraints import is_dense
 from layerwise.plan.pareto import front
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared
+from layerwise.recipe import parse_recipe, parse_tuner, surgery
 from layerwise.removal import measure_on_steer
 from layerwise.rewriting import AS_IS
-from layerwise.technique import parse_recipe, parse_tuner, surgery
 from layerwise.uniform import Baseline
 
 FRONT_POINTS = 20

@@ -24,8 +24,8 @@ from layerwise.kept import Candidates, SiteCandidates, Stored, statistics_file
 from layerwise.network.safetensors_file import write
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import Menu
+from layerwise.recipe import parse_recipe, surgery
 from layerwise.rewriting import chain_of, kept_values
-from layerwise.technique import parse_recipe, surgery
 
 
 def refit(

@@ -22,7 +22,8 @@ from layerwise.calibrate.passes import Calibration, Fitted, Part
 from layerwise.errors import InputError
 from layerwise.network.folds import BlockScope, Fold, find_folds
 from layerwise.network.streaming import Streamer
-from layerwise.technique import Rewrite, parse_recipe, surgery
+from layerwise.recipe import parse_recipe, surgery
+from layerwise.technique import Rewrite
 
 AS_IS = "as is"
 PROBED_SEQUENCES = 2  # that folds are tried on

@@ -45,9 +45,9 @@ from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 from layerwise.plan.constraints import is_dense
+from layerwise.recipe import parse_recipe
 from layerwise.rewriting import chain_of, kept_values
 from layerwise.sensitivity.kronecker import damage
-from layerwise.technique import parse_recipe
 
 DAMP = 0.01  # share of mean(diag H) added to the diagonal before it is inverted
 

@@ -33,10 +33,11 @@ from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.prepare import Options, Prepared, check_budget, reachable
+from layerwise.recipe import surgery
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator, surgery
+from layerwise.technique import Allocator
 
 STAGE = "side by side"
 TOGETHER = "all together"

@@ -293,109 +293,11 @@ def find(name: str) -> type[Technique]:
     raise RuntimeError(f"{module.__name__} declares no technique class")
 
 
-# ---------------------------------------------------------------- recipes
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Techniques chained at one site: any rewrites, then exactly one encoder."""
-
-    rewrites: tuple[Rewrite, ...]
-    encoder: Encoder
-
-    def __str__(self) -> str:
-        return "+".join(str(t) for t in (*self.rewrites, self.encoder))
-
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset().union(*(t.needs for t in (*self.rewrites, self.encoder)))
-
-
-def parse_technique(text: str) -> Technique:
-    """``gptq:bits=3,group=64`` -> a technique with these options."""
-    name, _, arguments = text.strip().partition(":")
-    cls = find(name)
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    options: dict[str, Any] = {}
-    for part in filter(None, (p.strip() for p in arguments.split(","))):
-        key, equals, value = (s.strip() for s in part.partition("="))
-        if key not in fields:
-            raise InputError(f"{cls.name} has no option {key!r}{nearest(key, list(fields))}")
-        if not equals or not value:
-            raise InputError(f"option {key!r} of {cls.name} needs a value, written {key}=VALUE")
-        options[key] = _read(cls.name, fields[key], value)
-    return cls(**options)
-
-
-@cache
-def surgery(text: str) -> Surgeon | None:
-    """The surgeon that a site's recipe names, where its block is gone; None for a recipe that stores something."""
-    name = text.partition(":")[0].strip()
-    if "+" in text or name.replace("-", "_") not in technique_files() or not issubclass(find(name), Surgeon):
-        return None
-    found = parse_technique(text)
-    assert isinstance(found, Surgeon)
-    return found
-
-
-def canonical(text: str) -> str:
-    """A site's recipe as we write it; raises ``InputError`` for what is none."""
-    return str(surgery(text) or parse_recipe(text))
-
-
-def parse_recipe(text: str) -> Recipe:
-    """``awq+gptq:bits=3,group=64`` -> a recipe; the order is rewrites first, then one encoder."""
-    parts = [parse_technique(part) for part in text.split("+") if part.strip()]
-    rewrites = tuple(p for p in parts if isinstance(p, Rewrite))
-    encoders = [p for p in parts if isinstance(p, Encoder)]
-    if len(encoders) != 1 or len(rewrites) + 1 != len(parts) or parts[-1] is not encoders[-1]:
-        raise InputError(
-            f"recipe {text!r} must be rewrites followed by exactly one encoder, such as gptq:bits=3,group=64 "
-            f"or awq+rtn:bits=4"
-        )
-    return Recipe(rewrites, encoders[0])
-
-
-def parse_probe(text: str, seed: int = 0) -> Probe:
-    """``spectrum_alpha:estimator=hill`` -> a probe; another kind of technique, or none, names the probes there are.
-
-    ``seed`` is used where the probe has an option of that name that the text does not set.
-    """
-    name = text.partition(":")[0].strip().replace("-", "_")
-    if name not in (known := names(Probe)):
-        what = "is no probe" if name in technique_files() else "does not exist"
-        raise InputError(f"the probe {name!r} {what}; the probes are {', '.join(known)}")
-    found = parse_technique(text)
-    assert isinstance(found, Probe)
-    return dataclasses.replace(found, seed=seed) if getattr(found, "seed", None) == 0 else found  # type: ignore[type-var]
-
-
-def parse_tuner(text: str) -> Tuner:
-    """``signround:steps=200`` -> a tuner."""
-    found = parse_technique(text)
-    if not isinstance(found, Tuner):
-        raise InputError(
-            f"{found.name} is no tuner, it cannot be run on a finished plan; write --tune {names(Tuner)[0]}"
-        )
-    return found
-
-
 # ---------------------------------------------------------------- option values
 
 
 def _written(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:
-    kind: type[Any] = type(field.default)
-    try:
-        if kind is bool:
-            return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError):
-        wanted = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "text")
-        raise InputError(f"option {field.name!r} of {owner} must be {wanted}, not {text!r}") from None
 
 
 def _check_option(owner: str, field: dataclasses.Field[Any], value: Any) -> None:

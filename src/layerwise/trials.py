@@ -34,11 +34,12 @@ from layerwise.plan.order import least_sum
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
+from layerwise.recipe import canonical, parse_recipe, parse_technique, parse_tuner
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.rewriting import encoder_of
 from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator, canonical, find, parse_recipe, parse_technique, parse_tuner
+from layerwise.technique import Allocator, find
 from layerwise.tuning import tune
 
 FLOOR = "rtn"  # what every encoder is held against

@@ -18,9 +18,10 @@ from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.prepare import Prepared
+from layerwise.recipe import parse_recipe
 from layerwise.rewriting import encoder_of
 from layerwise.sequential import propagate
-from layerwise.technique import OF_THE_REVERSE_PASS, parse_recipe
+from layerwise.technique import OF_THE_REVERSE_PASS
 
 BASELINE = "gptq"
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from layerwise.calibrate.statistics import Wanted
-from layerwise.technique import ATTENTION_CURVATURE, LARGEST_INPUT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT, parse_recipe
+from layerwise.recipe import parse_recipe
+from layerwise.technique import ATTENTION_CURVATURE, LARGEST_INPUT, TOKEN_IMPORTANCE, WEIGHT_GRADIENT
 
 
 def wanted_by(recipes: Iterable[str]) -> Wanted:

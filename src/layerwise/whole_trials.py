@@ -33,7 +33,8 @@ from layerwise.network.skeleton import parameter_owners
 from layerwise.network.streaming import Batch
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.menu import fitted, uniform_recipes
-from layerwise.technique import NetworkRewrite, parse_recipe, parse_technique
+from layerwise.recipe import parse_recipe, parse_technique
+from layerwise.technique import NetworkRewrite
 from layerwise.trials import FLOOR, GROUP, TABLES, WIDTHS, Figures, Ground, Side, Trial
 
 EXACTNESS = "largest difference of the outputs"

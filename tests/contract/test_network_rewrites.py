@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from layerwise.errors import InputError
 from layerwise.network.network import Network, open_network
 from layerwise.network.streaming import Batch, Streamer
-from layerwise.technique import NetworkRewrite, find, names, parse_technique
+from layerwise.recipe import parse_technique
+from layerwise.technique import NetworkRewrite, find, names
 
 REWRITES = names(NetworkRewrite)
 MODULES = {"gpt2": gpt2, "vit": vit_classifier, "neox": neox}

@@ -15,7 +15,8 @@ from layerwise.calibrate.passes import Calibration
 from layerwise.encoding.dense import Dense
 from layerwise.engine.progress import Stopwatch
 from layerwise.kept import Candidates
-from layerwise.technique import Tuner, find, names, parse_tuner
+from layerwise.recipe import parse_tuner
+from layerwise.technique import Tuner, find, names
 from layerwise.tuning import tune
 
 NETWORKS = ("tiny_llama", "tiny_gpt2", "tiny_bert")

@@ -15,8 +15,9 @@ from layerwise.errors import InputError
 from layerwise.network.network import open_network
 from layerwise.network.reblocked import reblocked
 from layerwise.network.skeleton import materialised
+from layerwise.recipe import canonical, surgery
 from layerwise.removal import measure_removals
-from layerwise.technique import BlockMeasure, canonical, surgery
+from layerwise.technique import BlockMeasure
 
 MEASURES = tuple(BlockMeasure(d, i) for d, i in ((0.4, 0.1), (0.1, 0.3), (0.2, 0.2)))
 

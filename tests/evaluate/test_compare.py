@@ -20,7 +20,7 @@ from layerwise.loss import Loss, loss_of
 from layerwise.network.network import Network, open_network
 from layerwise.network.overlay import Overlay
 from layerwise.network.streaming import Batch
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 
 
 def full_batches() -> tuple[Batch, ...]:

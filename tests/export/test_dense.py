@@ -11,7 +11,7 @@ from layerwise.errors import InputError
 from layerwise.export.dense import export_dense
 from layerwise.network.artifact import artifact_layout, open_artifact, staged, write_artifact
 from layerwise.network.network import open_network
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 
 
 def packed(source: Path, out: Path, dtype: torch.dtype | None = None) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.encoding.encoded import layout_bytes
 from layerwise.encoding.sums import Sum
 from layerwise.factorize._whitening import Curvature
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def trained(rows: int, columns: int) -> Tensor:

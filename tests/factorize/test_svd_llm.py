@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.errors import InputError
 from layerwise.factorize._whitening import Curvature, best_factors, rank_of
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(options: str, weight: Tensor, known: SiteStatistics) -> Any:

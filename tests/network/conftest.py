@@ -15,7 +15,7 @@ def pack_network(source: Path, out: Path, recipe: str = "rtn:bits=4,group=16") -
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.network.artifact import artifact_layout, predicted_size, staged, write_artifact
     from layerwise.network.network import open_network
-    from layerwise.technique import parse_recipe
+    from layerwise.recipe import parse_recipe
 
     network, encoder = open_network(source), parse_recipe(recipe).encoder
     sites = [site for site in network.tree.sites if site.searched]

@@ -11,7 +11,7 @@ from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
 from layerwise.errors import InputError
 from layerwise.network.packed import Packed, PackedEmbedding, PackedHead, PackedLinear
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 
 
 def encode(rows: int, columns: int, recipe: str = "rtn:bits=3,group=16") -> Encoded:

@@ -15,7 +15,8 @@ from layerwise.papers.catalogue import normal, paper_named
 from layerwise.papers.ledger import STATUSES, baselines, entries, entry_named, opened_as, status_named
 from layerwise.papers.markdown import render_ledger
 from layerwise.papers.registered import command_of, read_declaration, registered
-from layerwise.technique import find, parse_recipe, technique_files
+from layerwise.recipe import parse_recipe
+from layerwise.technique import find, technique_files
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -6,7 +6,8 @@ import pytest
 
 from layerwise.errors import InputError
 from layerwise.plan.menu import make_menu, uniform_recipes
-from layerwise.technique import find, names, parse_recipe
+from layerwise.recipe import parse_recipe
+from layerwise.technique import find, names
 
 
 def encoders(recipes: tuple[str, ...]) -> set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.errors import InputError
 from layerwise.prune._masks import best_entries, kept_count, largest
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(options: str, weight: Tensor) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.network.packed import PackedEmbedding, PackedLinear
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 
 RECIPES = ["wanda", "magnitude:bits=3,group=8", "sparsegpt:pattern=2:4,bits=1", "sparsegpt:dtype=bfloat16"]
 

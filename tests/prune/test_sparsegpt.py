@@ -14,7 +14,7 @@ from layerwise.encoding.signed import FittedSigned
 from layerwise.errors import InputError
 from layerwise.prune import sparsegpt
 from layerwise.prune.sparsegpt import inverse_factor, prune
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:

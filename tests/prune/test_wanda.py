@@ -11,7 +11,7 @@ from tests.quantize.conftest import loss
 from torch import Tensor
 
 from layerwise.errors import InputError
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(recipe: str, weight: Tensor, statistics: Any) -> Any:

@@ -14,7 +14,7 @@ from layerwise.encoding.directed import Directed
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def normal(rows: int, columns: int, seed: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ from tests.quantize.conftest import loss
 from torch import Tensor
 
 from layerwise.quantize.adaquant import damped, gathered, gradients, objective, spread
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(recipe: str, weight: Tensor, columns: Tensor, site: Any) -> Any:

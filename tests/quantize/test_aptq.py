@@ -14,7 +14,7 @@ from layerwise.calibrate.attention_curvature import attention_curvature
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.network.streaming import Batch
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 HEADS, SIZE, WIDTH = 2, 16, 48
 

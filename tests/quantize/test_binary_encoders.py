@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.quantize.ptq161 import rows_of_least_error
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encoded(recipe: str, weight: Tensor, statistics: SiteStatistics | None = None) -> Any:

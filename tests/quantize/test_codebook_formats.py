@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.errors import InputError
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def relative_error(recipe: str, weight: Tensor) -> float:

@@ -12,7 +12,7 @@ from layerwise.encoding.float8 import TOP_CODE, float8_above, float8_values, gua
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.grid import Grid, fit_grid
 from layerwise.errors import InputError
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def normal(sigma: float, rows: int = 64, columns: int = 256) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of
 from layerwise.quantize._rounding import factor, round_with_feedback
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def damped(moment: Tensor, share: float = 0.01) -> Tensor:

@@ -15,7 +15,7 @@ from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 from layerwise.quantize.gwq import largest_entries
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def told(statistics: SiteStatistics, gradient: Tensor | None) -> SiteStatistics:

@@ -10,7 +10,7 @@ from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, points, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.quantize.hqq import shrink, update_zero
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(options: str, weight: Tensor) -> GroupedInteger:

@@ -12,7 +12,7 @@ from layerwise.encoding.forms import restore_form
 from layerwise.encoding.grid import Grid, fit_grid, group_of, points
 from layerwise.quantize._levels import Basis, Feedback, bases_of, place, refit, rescaled
 from layerwise.quantize._rounding import factor, round_with_feedback
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from layerwise.errors import InputError
 from layerwise.quantize._mixed import fit_mixed, round_mixed_groups
 from layerwise.quantize._rounding import factor
 from layerwise.quantize.slim_llm import ranked, salient_cost
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(recipe: str, weight: Tensor, columns: Tensor, site: Any) -> Any:

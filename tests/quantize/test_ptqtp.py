@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.scales import Scales
 from layerwise.quantize.ptqtp import alternate, pair_levels, residual_pairs, signs_as_pairs
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encoded(recipe: str, weight: Tensor, statistics: SiteStatistics | None = None) -> Any:

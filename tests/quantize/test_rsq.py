@@ -12,7 +12,7 @@ from torch import Tensor
 
 from layerwise.calibrate.moments import Moment
 from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(recipe: str, weight: Tensor, statistics: SiteStatistics) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.grid import group_of
 from layerwise.errors import InputError
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encode(recipe: str, weight: Tensor, statistics: SiteStatistics | None = None) -> Any:

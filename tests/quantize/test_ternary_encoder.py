@@ -10,7 +10,7 @@ from tests.quantize.conftest import loss
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics
-from layerwise.technique import parse_technique
+from layerwise.recipe import parse_technique
 
 
 def encoded(recipe: str, weight: Tensor, statistics: SiteStatistics | None = None) -> Any:

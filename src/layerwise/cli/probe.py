@@ -44,7 +44,8 @@ def probe(
         return
     if model is None or name is None:
         raise InputError("give MODEL and PROBE, such as layerwise probe MODEL spectrum_alpha; --list shows all probes")
-    from layerwise.technique import BLOCK_INPUTS, parse_probe
+    from layerwise.recipe import parse_probe
+    from layerwise.technique import BLOCK_INPUTS
 
     chosen = parse_probe(name, seed)
     reads_text = BLOCK_INPUTS in chosen.needs

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
 from layerwise.errors import InputError
 from layerwise.plan.tree import Candidate
-from layerwise.technique import parse_recipe, surgery
+from layerwise.recipe import parse_recipe, surgery
 
 if TYPE_CHECKING:
     from torch import Tensor

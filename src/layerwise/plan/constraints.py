@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from layerwise.errors import InputError, nearest
 from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum, leaves
-from layerwise.technique import parse_recipe
+from layerwise.recipe import parse_recipe
 
 
 def constrain(tree: Node, keep: Iterable[str] = (), fix: Iterable[str] = ()) -> Node:

@@ -25,7 +25,7 @@ from layerwise.errors import InputError, nearest
 from layerwise.plan.neighbours import Step, all_neighbours
 from layerwise.plan.reading import MANY, Reader, read_json
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum
-from layerwise.technique import canonical, surgery
+from layerwise.recipe import canonical, surgery
 
 FORMAT = "layerwise-plan"
 VERSION = 1

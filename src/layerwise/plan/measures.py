@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import Allocator, names, parse_technique, technique_files
+from layerwise.recipe import parse_technique
+from layerwise.technique import Allocator, names, technique_files
 
 if TYPE_CHECKING:
     from layerwise.sensitivity.hessian import Hessian

@@ -20,7 +20,7 @@ from layerwise.plan.measures import Place
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.relaxation import relax
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum, leaves, reached
-from layerwise.technique import surgery
+from layerwise.recipe import surgery
 
 Level = dict[str, Candidate]  # site -> its candidate at one level
 Order = Callable[[Level, Level], Sequence[Sequence[str]]]  # (lower, higher) -> groups of sites, most important first
