@@ -80,6 +80,7 @@ class Technique(ABC):
     paper: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     menu: ClassVar[tuple[str, ...]]  # settings tried when it is named without options, as a recipe writes them
+    left_out: ClassVar[str]  # what of the paper is not here yet
     role: ClassVar[str]
 
     def __post_init__(self) -> None:
@@ -240,19 +241,19 @@ T = TypeVar("T", bound=type[Technique])
 
 
 def technique(
-    *, paper: str, needs: frozenset[str] | set[str] = frozenset(), menu: Sequence[str] = ()
+    *, paper: str, needs: frozenset[str] | set[str] = frozenset(), menu: Sequence[str] = (), left_out: str = ""
 ) -> Callable[[T], T]:
     """Turn a class into a registered technique: a frozen dataclass named after its file.
 
     paper: the paper's name in the ledger. menu: the settings it is tried with when it is named without options, such
     as ``("sparsity=0.5,bits=4", "sparsity=0.5,bits=3")``; an encoder without a menu that has ``bits`` and ``group``
-    is tried on the planner's shared range of grids.
+    is tried on the planner's shared range of grids. left_out: what of the paper is not here, for its row in the ledger.
     """
 
     def register(cls: T) -> T:
         package, _, stem = cls.__module__.rpartition(".")
         cls.name, cls.family, cls.paper, cls.needs = stem, package.rpartition(".")[2], paper, frozenset(needs)
-        cls.menu = tuple(menu)
+        cls.menu, cls.left_out = tuple(menu), left_out
         return dataclass(frozen=True)(cls)  # type: ignore[return-value]
 
     return register

@@ -39,7 +39,7 @@ class Entry:
     techniques: tuple[Registered, ...]
     rows: tuple[Row, ...]
     status: Status
-    reason: str  # of *subject*: what it is opened as; of *not started*: why
+    reason: str  # of *working*: what of the paper is left out; of *subject*: what it is opened as; else: why
     command: str | None
 
     def as_json(self) -> dict[str, Any]:
@@ -117,7 +117,8 @@ def _entry(name: str, paper: Paper | None, group: tuple[Registered, ...], eviden
 
 def _status(paper: Paper | None, group: Sequence[Registered], rows: Sequence[Row]) -> tuple[Status, str]:
     if rows:
-        return "working", ""
+        left_out = dict.fromkeys(technique.left_out for technique in group if technique.left_out)
+        return "working", "; ".join(f"not here: {part}" for part in left_out)
     if group:
         listed = ", ".join(technique.name for technique in group)
         return "not started", f"registered as {listed}, no evidence row yet"

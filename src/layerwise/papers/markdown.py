@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from layerwise.evidence.rows import Row
 from layerwise.papers.catalogue import FAMILIES
 from layerwise.papers.ledger import STATUSES, Entry, baselines, entries
 
@@ -17,7 +18,7 @@ What layerwise makes of each of the {count} papers of its field. This page is ge
 - **not started**: everything else, with the reason where there is one.
 
 What a paper claims stands in `layerwise papers NAME` as the paper's own; only what is under *evidence* is measured by
-us.
+us: the setting that does best against its baseline, and the one that does worst.
 """
 
 
@@ -60,11 +61,19 @@ def _table(members: Sequence[Entry]) -> str:
             str(entry.paper.year or "") if entry.paper else "",
             _cell(entry.status + (f": {entry.reason}" if entry.reason else "")),
             ", ".join(f"`{technique.name}`" for technique in entry.techniques),
-            _cell("; ".join(row.sentence() for row in entry.rows)),
+            _cell(_evidence(entry.rows)),
             f"`{entry.command}`".replace("|", "\\|") if entry.command else "",
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _evidence(rows: Sequence[Row]) -> str:
+    """The row that does best against its baseline and the one that does worst; `layerwise papers NAME` has them all."""
+    if len(rows) < 3:
+        return "; ".join(row.sentence() for row in rows)
+    ranked = sorted(rows, key=lambda row: row.value / row.baseline.value if row.baseline.value else 1.0)
+    return f"best of {len(rows)}: {ranked[0].sentence()}; worst: {ranked[-1].sentence()}"
 
 
 def _cell(text: str) -> str:

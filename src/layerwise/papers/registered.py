@@ -24,6 +24,7 @@ class Registered:
     role: str  # name of its base class, in words
     paper: str  # as the decorator writes it
     summary: str  # first line of the class's docstring
+    left_out: str = ""  # what of the paper is not here, as the decorator writes it
 
     @property
     def key(self) -> str:
@@ -50,12 +51,13 @@ def read_declaration(name: str, path: Path) -> Registered:
         for call in node.decorator_list:
             if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "technique"):
                 continue
-            paper = next((k.value for k in call.keywords if k.arg == "paper"), None)
-            if isinstance(paper, ast.Constant) and isinstance(paper.value, str):
+            written = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+            paper, left_out = written.get("paper"), written.get("left_out", "")
+            if isinstance(paper, str):
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                 summary = (ast.get_docstring(node) or "").partition("\n")[0]
                 role = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", (bases or [""])[0]).lower()
-                return Registered(name, path.parent.name, role, paper.value, summary)
+                return Registered(name, path.parent.name, role, paper, summary, str(left_out))
     raise RuntimeError(f"{path.name} has no class decorated with @technique(paper=...) where the paper is a text")
 
 

@@ -25,7 +25,11 @@ from layerwise.plan.tree import Allocation, Node
 from layerwise.technique import GRADIENT_MOMENT, Allocator, option, technique
 
 
-@technique(paper="HAWQ", needs={GRADIENT_MOMENT})
+@technique(
+    paper="HAWQ",
+    needs={GRADIENT_MOMENT},
+    left_out="the order of fine-tuning",
+)
 class Hawq(Allocator):
     """Bits by the top eigenvalue of each layer's Hessian block, relative to the layer's size."""
 

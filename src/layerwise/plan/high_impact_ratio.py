@@ -36,7 +36,11 @@ Floats = NDArray[np.float64]
 RUNGS = 16
 
 
-@technique(paper="Layer-wise high-impact ratio PTQ", needs={MEASURED_RISES})
+@technique(
+    paper="Layer-wise high-impact ratio PTQ",
+    needs={MEASURED_RISES},
+    left_out="shares inside a matrix; a site is raised whole or not at all",
+)
 class HighImpactRatio(Allocator):
     """Two levels a site, chosen by a quadratic program over measured gains and what they share."""
 

@@ -37,7 +37,11 @@ from layerwise.technique import GRADIENT_MOMENT, MEASURED_RISES, Allocator, opti
 SCORER = "hessian_norm:kind=trace"
 
 
-@technique(paper="Inter-layer augmented Hessian MP-PTQ", needs={GRADIENT_MOMENT, MEASURED_RISES})
+@technique(
+    paper="Inter-layer augmented Hessian MP-PTQ",
+    needs={GRADIENT_MOMENT, MEASURED_RISES},
+    left_out="the bisection on accuracy; the order is cut where the bytes fit",
+)
 class InterLayer(Allocator):
     """Order by Hessian trace and measured cross terms; the least harmful sites are lowered."""
 

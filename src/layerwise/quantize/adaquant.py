@@ -44,6 +44,7 @@ MOMENTS = (0.9, 0.999)  # Adam's
     needs={SECOND_MOMENT},
     menu=("bits=4,group=64", "bits=4,group=32", "bits=3,group=64", "bits=3,group=32", "bits=2,group=64",
           "bits=2,group=32"),
+    left_out="the input's own grid, the bias and the re-estimated batch norms",
 )  # fmt: skip
 class Adaquant(Encoder):
     """Learn weights and grid together against the second moment of the inputs."""

@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from layerwise.encoding.grid import Grid
 
 
-@technique(paper="APTQ", needs={SECOND_MOMENT, ATTENTION_CURVATURE})
+@technique(
+    paper="APTQ",
+    needs={SECOND_MOMENT, ATTENTION_CURVATURE},
+    left_out="a factor per head; heads are averaged",
+)
 class Aptq(Encoder):
     """GPTQ on the curvature of the attention's output."""
 

@@ -37,6 +37,7 @@ ROUNDS = 10  # alternations of scales and signs
     paper="BiViT",
     needs={GRADIENT_MOMENT},
     menu=("group=0", "group=0,feedback=true"),
+    left_out="the binary attention and the training in phases; only its binary weights are, with fitted scales",
 )
 class Bivit(Encoder):
     """One bit a weight, around the row's mean."""

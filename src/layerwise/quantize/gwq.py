@@ -38,7 +38,11 @@ if TYPE_CHECKING:
     from layerwise.encoding.grid import Grid
 
 
-@technique(paper="GWQ", needs={INPUT_SQUARES, WEIGHT_GRADIENT})
+@technique(
+    paper="GWQ",
+    needs={INPUT_SQUARES, WEIGHT_GRADIENT},
+    left_out="one threshold for the whole network",
+)
 class Gwq(Encoder):
     """Round to nearest beside the weights with the largest gradients, which are kept."""
 

@@ -42,6 +42,7 @@ CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5)  # largest level over l
     paper="NUPES",
     needs={GRADIENT_MOMENT},
     menu=("bits=4,group=128", "bits=3,group=128", "bits=3,group=64,scale_bits=8,feedback=true"),
+    left_out="weights and exponents trained against a block's output; exponents are searched on the weights",
 )
 class Nupes(Encoder):
     """Integers on a power scale, its exponent searched."""

@@ -50,6 +50,7 @@ SALIENT_BITS = 4
     paper="PTQ1.61",
     needs={GRADIENT_MOMENT, INPUT_SQUARES, ABSOLUTE_MEAN},
     menu=("share=0.2", "share=0.05,feedback=true", "share=0.2,feedback=true"),
+    left_out="scales trained block by block and the preprocessing of the weights; scales are fitted in closed form",
 )
 class Ptq161(Encoder):
     """Salient input columns at four bits, the others at one."""

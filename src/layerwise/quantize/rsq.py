@@ -45,7 +45,11 @@ STEP = 1.5  # factor by which ``least`` rises while too few tokens count
 log = logging.getLogger(__name__)
 
 
-@technique(paper="RSQ", needs={SECOND_MOMENT, TOKEN_IMPORTANCE})
+@technique(
+    paper="RSQ",
+    needs={SECOND_MOMENT, TOKEN_IMPORTANCE},
+    left_out="shifted copies of the text; its rotation is --rewrite hadamard",
+)
 class Rsq(Encoder):
     """GPTQ on inputs that weigh by the attention their tokens receive."""
 

@@ -53,6 +53,7 @@ LARGEST_LAMBDA = 100.0
     needs={SECOND_MOMENT},
     menu=("bits=4,group=64", "bits=4,group=32", "bits=3,group=64", "bits=3,group=32", "bits=2,group=64",
           "bits=2,group=32"),
+    left_out="learned clipping (SliM-LLM+)",
 )  # fmt: skip
 class SlimLlm(Encoder):
     """Move bits from the groups of columns that matter least to those that matter most, then round with feedback."""
