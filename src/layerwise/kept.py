@@ -5,6 +5,7 @@ A plan picks among them in seconds, for any budget, without touching the network
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
 from layerwise.technique import BlockMeasure
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """Where one candidate's stored form lies in the work folder, and the spec that restores it."""
 
@@ -201,17 +202,21 @@ def read_candidates(calibration: Calibration, stage: str = "candidates") -> Cand
         entries.update(calibration.journal[f"{stage}/{unit}"])
         refused[unit] = calibration.journal[f"{stage}/{unit}/refused"]
     folder = encodings_folder(calibration, stage)
+    shared: dict[str, Any] = {}  # equal recipes and specs of all sites are one object
+
+    def once(value: Any) -> Any:
+        return shared.setdefault(json.dumps(value), value)
+
     sites = {}
     for site in calibration.network.tree.sites:
         if site.name in entries:
             entry = entries[site.name]
+            labels = {chain_of(c["recipe"]) for c in entry["candidates"]}
+            files = {label: encodings_file(folder, site.name, label) for label in labels}
             sites[site.name] = SiteCandidates(
                 site,
-                tuple(Candidate(c["recipe"], c["bytes"], c["damage"]) for c in entry["candidates"]),
-                tuple(
-                    Stored(encodings_file(folder, site.name, chain_of(c["recipe"])), c["place"], c["spec"])
-                    for c in entry["candidates"]
-                ),
+                tuple(Candidate(once(c["recipe"]), c["bytes"], c["damage"]) for c in entry["candidates"]),
+                tuple(Stored(files[chain_of(c["recipe"])], c["place"], once(c["spec"])) for c in entry["candidates"]),
                 entry["tokens"],
                 entry["reached"],
             )

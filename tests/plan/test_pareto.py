@@ -153,7 +153,7 @@ def test_planning_loads_no_torch() -> None:
     program = (
         "import sys\n"
         "import layerwise.plan.pareto, layerwise.plan.budget, layerwise.plan.constraints, layerwise.plan.difference\n"
-        "from layerwise.technique import parse_recipe\n"
+        "from layerwise.recipe import parse_recipe\n"
         "parse_recipe('rtn:bits=4')\n"
         "sys.exit('torch' in sys.modules)\n"
     )

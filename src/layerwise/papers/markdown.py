@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise.evidence.rows import Row
 from layerwise.papers.catalogue import FAMILIES
 from layerwise.papers.ledger import STATUSES, Entry, baselines, entries
+from layerwise.papers.rows import Row
 
 HEAD = """# Ledger
 
