@@ -32,7 +32,7 @@ def test_a_search_prints_the_best_first_and_one_quiet_line() -> None:
     done = layerwise("papers", "ternary", "weights", "--limit", "3")
     assert done.code == 0 and "Ternary_Binary_Transformer" in done.out
     assert len(done.sentences) == 1 and "full text alone" in done.err
-    assert layerwise("papers", "ternary", "--json").json[0]["name"] == "Ternary_Binary_Transformer"
+    assert layerwise("papers", "ternary", "generation", "--json").json[0]["name"] == "Ternary_Binary_Transformer"
 
 
 def test_a_name_shows_the_paper() -> None:
