@@ -94,8 +94,13 @@ def all_outcomes(given: argparse.Namespace, calibrate: str, evaluation: str) -> 
 
     for who in given.peers:
         peer = PEERS[who]
+        stuck = ""
         for bits in given.bits:
-            said(who, bits, of_peer(peer, {**job, "bits": bits, "more": peer.more}, fingerprint, given.patience))
+            mine = {**job, "bits": bits, "more": peer.more}
+            came = Outcome(FOLDER, failed=stuck) if stuck else of_peer(peer, mine, fingerprint, given.patience)
+            said(who, bits, came)
+            if came.failed and bits in peer.bits:  # what stopped it will stop it again
+                stuck = stuck or f"not tried, since at {bits} bits it was not measured either"
     text = {
         "calibrate": str(Path(calibrate).resolve()), "evaluate": str(Path(evaluation).resolve()),
         "sequences": given.sequences, "length": given.length, "seed": given.seed,
