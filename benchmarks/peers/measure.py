@@ -71,7 +71,7 @@ def outcome(
     report = folder / "report.json"
     if code or not report.is_file():
         said = reason((folder / "log").read_text(encoding="utf-8", errors="replace"))
-        found = {"failed": f"does not start here: {said}", "seconds": seconds, "cpu": cpu}
+        found = {"failed": f"fails here: {said}", "seconds": seconds, "cpu": cpu}
     else:
         said = json.loads(report.read_text(encoding="utf-8"))
         found = {

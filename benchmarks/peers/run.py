@@ -162,7 +162,8 @@ def rows_of(
                     "kl of peer": theirs["kl"],
                     "kl of plan": ours["kl"],
                     "kl ratio": ours["kl"] / theirs["kl"],
-                    "better": "plan" if ours["kl"] < theirs["kl"] else "peer",
+                    "less kl": "plan" if ours["kl"] < theirs["kl"] else who,
+                    "less perplexity": "plan" if ours["perplexity"] < theirs["perplexity"] else who,
                 }
             )
     return rows, equal

@@ -1,6 +1,14 @@
-"""GPTQModel with its default recipe."""
+"""GPTQModel with its default recipe.
+
+By default it plans fewer workers than it then asks for on a machine of one or two cores, and stops; its own setting for
+their number is raised to what it asks for.
+"""
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # read when it is imported
 
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig

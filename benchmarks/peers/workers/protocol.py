@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-ROUNDED = 1e-2  # a weight this far from its code, in steps, does not lie on the grid that the peer reports
+ROUNDED = 0.1  # steps; a peer may keep its rounded weights in bfloat16, but one further off is not on its own grid
 
 
 @dataclass(frozen=True)
