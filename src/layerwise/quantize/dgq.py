@@ -34,7 +34,9 @@ MOST_GROUPS = 256
 MOST_ROUNDS = 100
 
 
-@technique(paper="DGQ", menu=("bits=8,groups=8", "bits=6,groups=8", "bits=4,groups=8", "bits=6,groups=16"))
+@technique(
+    paper="DGQ", menu=("bits=8,groups=8", "bits=6,groups=8", "bits=4,groups=8", "bits=4,groups=2", "bits=4,groups=16")
+)
 class Dgq(ActivationQuantizer):
     """Static asymmetric integers, one scale for each group of channels of like range."""
 
