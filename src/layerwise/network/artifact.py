@@ -305,6 +305,6 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     missing = next((s for s, names in wanted.items() if any(n not in checkpoint.tensors for n in names)), None)
     if missing is not None:
         raise InputError(
-            f"{checkpoint.directory} holds too little for its site {missing}; its files do not belong together"
+            f"{checkpoint.directory} holds too little or nothing for its site {missing}; its files are not of one run"
         )
     return artifact

@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from layerwise.encoding.inputs import InputGrid
+from layerwise.errors import InputError
 from layerwise.network.network import Network
+from layerwise.network.sites import is_linear
 
 
 def inputs_of(weights: object) -> Mapping[str, InputGrid]:
@@ -24,7 +26,10 @@ def inputs_of(weights: object) -> Mapping[str, InputGrid]:
 def quantize_inputs(network: Network, grids: Mapping[str, InputGrid]) -> Network:
     """Round what these sites of ``network.module`` are given, from now on; give it a module of its own (``again``)."""
     for name, grid in grids.items():
-        network.module.get_submodule(name).register_forward_pre_hook(_rounding(grid))
+        member = network.module.get_submodule(name)
+        if not is_linear(member):
+            raise InputError(f"site {name} is a {type(member).__name__}, whose inputs cannot be quantized")
+        member.register_forward_pre_hook(_rounding(grid))
     return network
 
 
