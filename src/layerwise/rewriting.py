@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.passes import Calibration, Fitted, Part
 from layerwise.errors import InputError
-from layerwise.network.folds import BlockScope, Fold, find_folds
+from layerwise.network.folds import TOLERANCE, BlockScope, Fold, find_folds
+from layerwise.network.rotary_pairs import RotaryPairs, find_rotary_pairs
 from layerwise.network.streaming import Streamer
 from layerwise.recipe import parse_recipe, surgery
 from layerwise.technique import Rewrite
@@ -104,10 +105,14 @@ class Rewriter:
             frozenset(path[s.name] for s in tree.of_block(block) if s.transposed),
             {path[name]: fitted.fit for name, fitted in sites.items()},
             {path[name]: fitted.judge for name, fitted in sites.items()},
-            self.folds(block),
+            *self.places(block),
         )
 
     def folds(self, block: str) -> tuple[Fold, ...]:
+        return self.places(block)[0]
+
+    def places(self, block: str) -> tuple[tuple[Fold, ...], tuple[RotaryPairs, ...]]:
+        """A block's exact folds and its rotary pairs."""
         calibration, streamer, index = self.calibration, self.streamer, self.network.tree.blocks.index(block)
         inputs, batch = calibration.inputs(), calibration.splits.all[0].rows(0, PROBED_SEQUENCES)
         learn_output_shape(streamer, batch, inputs[index])
@@ -116,7 +121,12 @@ class Rewriter:
                 call = enter(batch, index)[1]
             hidden = inputs[index].read(0)[:PROBED_SEQUENCES].to(streamer.device)
             with streamer.block(index) as member:
-                return find_folds(member, lambda m: streamer.run_block(m, hidden, call), hidden, calibration.seed)
+
+                def run(m: nn.Module) -> Tensor:
+                    return streamer.run_block(m, hidden, call)
+
+                seed = calibration.seed
+                return find_folds(member, run, hidden, seed), find_rotary_pairs(member, run, hidden, seed, TOLERANCE)
 
 
 def rewritten(scope: BlockScope, label: str) -> BlockScope:
