@@ -8,8 +8,9 @@ not the dense one, because rewrites change what inputs span, and inside blocks o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from layerwise.calibrate.input_ranges import measure_input_ranges
+from layerwise.calibrate.input_ranges import InputRanges, measure_input_ranges
 from layerwise.calibrate.passes import Calibration
 from layerwise.encoding.encoded import Layout, layout_bytes
 from layerwise.encoding.inputs import InputGrid
@@ -21,8 +22,23 @@ from layerwise.network.safetensors_file import header_share
 from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch
 from layerwise.plan.constraints import is_dense
+from layerwise.plan.file import read_plan
 from layerwise.recipe import parse_activations
 from layerwise.technique import ActivationQuantizer
+
+
+def quantizer_of(asked: str | None, plan: str | None, network: Network) -> ActivationQuantizer | None:
+    """The setting that was asked for, else that of the plan file to be applied; ``InputError`` where it cannot be."""
+    text = read_plan(plan).activations if asked is None and plan is not None else asked
+    if text is None:
+        return None
+    found = parse_activations(text)
+    if found.static and network.whole:
+        raise InputError(
+            f"{found.name} measures inputs block by block, and a network that was opened as a module has no blocks; "
+            f"give --activations token_int:bits=8"
+        )
+    return found
 
 
 def sites_with_inputs(
@@ -75,7 +91,12 @@ def input_grids(
     if not quantizer.static:
         return {site.name: quantizer.grid(None) for site in sites}
     ranges = measure_input_ranges(weights.network, batches, calibration.folder, calibration.device, weights)
-    return {site.name: quantizer.grid(ranges[site.name]) for site in sites}
+    return {site.name: quantizer.grid(read_by(ranges[site.name], weights, site)) for site in sites}
+
+
+def read_by(ranges: InputRanges, weights: Overlay, site: Site) -> InputRanges:
+    """Ranges together with the matrix that reads the inputs, as it is stored."""
+    return replace(ranges, weight=site.as_matrix(weights.read(site.parameter)))
 
 
 def grids_of_artifact(artifact: Artifact, network: Network, text: str | None) -> dict[str, InputGrid] | None:

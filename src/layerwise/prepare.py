@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from layerwise.activations import most_input_bytes
+from layerwise.activations import most_input_bytes, quantizer_of
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.candidates import kept_layout, plain_recipe, stored_bytes
@@ -151,21 +151,18 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
         check_surgeons(menu, options, network)
     if options.plan is not None:
         check_plan(options.plan, network, menu, only)
-    reach = reachable(network, menu, only)
+    activations = quantizer_of(options.activations, options.plan, network)
+    reach = reachable(network, menu, only, activations)
+    if budget is not None:
+        check_budget(budget, network, reach)
     if quality is not None:
         check_quality(quality, loss, network)
     check_plain(network)
-    activations = activations_of(options, network)
-    added = most_input_bytes(network, activations)
-    reach = Range(reach.fixed + added, reach.smallest + added, reach.largest + added)
-    if budget is not None:
-        check_budget(budget, network, reach)
+    chosen = menu, only, reach, budget, quality, activations
     if reads_images(network):
         data = image_data(network, given, options)
         text, evaluation = Text(data.source, ()), Evaluation(Text(data.held_out, ()), data.batches, data.same_source)
-        return Prepared(
-            options, network, None, loss, data.splits, text, evaluation, menu, only, reach, budget, quality, activations
-        )
+        return Prepared(options, network, None, loss, data.splits, text, evaluation, *chosen)
     tokenizer = open_tokenizer(network)
     length = min(options.length, longest(network))
     text = read_text(options.calibrate, options.text_column)
@@ -181,26 +178,7 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
     evaluation = make_evaluation(held_out, same_source, tokenizer, loss, windows, options, length)
     check_tokens(splits.all, calibration_text, network)
     check_tokens(evaluation.batches, held_out, network)
-    return Prepared(
-        options, network, tokenizer, loss, splits, calibration_text, evaluation, menu, only, reach, budget, quality,
-        activations,
-    )  # fmt: skip
-
-
-def activations_of(options: Options, network: Network) -> ActivationQuantizer | None:
-    """The setting that was asked for, else that of the plan to be applied."""
-    text = options.activations
-    if text is None and options.plan is not None:
-        text = read_plan(options.plan).activations
-    if text is None:
-        return None
-    found = parse_activations(text)
-    if found.static and network.whole:
-        raise InputError(
-            f"{found.name} measures inputs block by block, and a network that was opened as a module has no blocks; "
-            f"give --activations token_int:bits=8"
-        )
-    return found
+    return Prepared(options, network, tokenizer, loss, splits, calibration_text, evaluation, *chosen)
 
 
 def make_evaluation(
@@ -245,10 +223,13 @@ def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str
     return site, str(parse_recipe(recipe))
 
 
-def reachable(network: Network, menu: Menu, only: dict[str, str]) -> Range:
+def reachable(
+    network: Network, menu: Menu, only: dict[str, str], activations: ActivationQuantizer | None = None
+) -> Range:
     """Smallest and largest file that the menu can make, from shapes alone."""
     fixed = header_fixed(METADATA)
     fixed += plain_bytes(network, network.plain_layout([s.name for s in network.tree.sites]))
+    fixed += most_input_bytes(network, activations)
     smallest = largest = fixed
     for site in network.tree.sites:
         recipes = recipes_for(site, menu, only, network)

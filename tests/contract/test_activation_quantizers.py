@@ -74,7 +74,7 @@ def test_what_is_on_the_grid_stays(quantizer: ActivationQuantizer, x: Tensor) ->
 def test_eight_bits_are_close(quantizer: ActivationQuantizer) -> None:
     x = some()
     error = (grid_of(quantizer, x).rounded(x) - x).norm() / x.norm()
-    assert float(error) < 0.02
+    assert float(error) < 0.03
 
 
 def test_tokens_do_not_see_one_another(quantizer: ActivationQuantizer) -> None:

@@ -32,6 +32,7 @@ class InputRanges:
     position_low, position_high: each position's, ``[longest sequence]``; empty where inputs have no positions.
     tokens:     that were seen.
     sample:     some of them, ``[at most 256, columns]``, spread over the batches.
+    weight:     the matrix that reads them, ``[rows, columns]``, where it is known.
     """
 
     low: Tensor
@@ -40,6 +41,7 @@ class InputRanges:
     position_high: Tensor
     tokens: int
     sample: Tensor
+    weight: Tensor | None = None
 
     @staticmethod
     def of(x: Tensor) -> InputRanges:
