@@ -152,7 +152,7 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
     if options.plan is not None:
         check_plan(options.plan, network, menu, only)
     activations = quantizer_of(options.activations, options.plan, network)
-    reach = reachable(network, menu, only, activations)
+    reach = reachable(network, menu, only, most_input_bytes(network, activations))
     if budget is not None:
         check_budget(budget, network, reach)
     if quality is not None:
@@ -223,13 +223,10 @@ def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str
     return site, str(parse_recipe(recipe))
 
 
-def reachable(
-    network: Network, menu: Menu, only: dict[str, str], activations: ActivationQuantizer | None = None
-) -> Range:
-    """Smallest and largest file that the menu can make, from shapes alone."""
-    fixed = header_fixed(METADATA)
+def reachable(network: Network, menu: Menu, only: dict[str, str], added: int = 0) -> Range:
+    """Smallest and largest file that the menu can make, from shapes alone, and ``added`` bytes whatever is chosen."""
+    fixed = header_fixed(METADATA) + added
     fixed += plain_bytes(network, network.plain_layout([s.name for s in network.tree.sites]))
-    fixed += most_input_bytes(network, activations)
     smallest = largest = fixed
     for site in network.tree.sites:
         recipes = recipes_for(site, menu, only, network)

@@ -78,7 +78,7 @@ def find_rotary_pairs(
         with materialised(block, scaled_rows(block, pairs, channels.to(hidden.device))):
             return float((run(block) - reference).norm())
 
-    found = []
+    found: list[RotaryPairs] = []
     for pairs in _candidates(block, inputs):
         factor = torch.rand(pairs.heads, pairs.width // 2, generator=generator) * 1.5 + 0.5
         alone = torch.rand(pairs.heads * pairs.width, generator=generator) * 1.5 + 0.5
@@ -114,7 +114,7 @@ def scaled_rows(block: nn.Module, pairs: RotaryPairs, channels: Tensor) -> dict[
     """Parameters of the block with keys divided by ``channels`` ``[key rows]`` and queries multiplied."""
     queries = pairs.over_queries(channels, rows_of(block, pairs.queries))
     parameters = {n: p.data for n, p in block.named_parameters()}
-    out = {}
+    out: dict[str, Tensor] = {}
     for path, factor in ((pairs.keys, 1 / channels), (pairs.queries, queries)):
         transposed = is_transposed(block.get_submodule(path))
         out |= with_rows_scaled(parameters, path, factor, transposed)
