@@ -10,8 +10,8 @@ import pytest
 import torch
 from tests.command import compress, layerwise
 
-import layerwise as package
 from layerwise.network.artifact import open_artifact
+from layerwise.network.load import load
 from layerwise.network.network import open_network
 from layerwise.network.packed import PackedHead, PackedLinear
 from layerwise.network.quantized_inputs import quantize_inputs
@@ -42,7 +42,7 @@ def from_decoded(out: Path, dense: Path) -> torch.Tensor:
 
 
 def loaded(out: Path) -> torch.nn.Module:
-    return package.load(out, dtype=torch.float32)
+    return load(out, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

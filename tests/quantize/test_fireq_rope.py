@@ -92,7 +92,7 @@ def test_pairs_become_equal_and_keys_of_four_bits_better(tiny_llama: Path) -> No
     outlying(case)
     scope = case.scope()
     (pairs,) = scope.rotary
-    after = FireqRope().rewrite(scope)
+    after = FireqRope(strength=1.0).rewrite(scope)
     sizes = pairs.over_pairs(key_squares(after, pairs.keys)).sqrt()
     assert torch.allclose(sizes, sizes.mean(1, keepdim=True).expand_as(sizes), rtol=1e-3)
 

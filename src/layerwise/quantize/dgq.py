@@ -14,6 +14,13 @@ public code. What a language model or an encoder does not have is left out: para
 positions (pixels), which need inputs of one length; ``spreads`` says which of the two axes the paper's rule would take.
 The logarithmic grid of its cross-attention maps is left out too: nothing here multiplies attention maps as integers.
 Ranges hold zero, as the paper's pitfall asks; an empty cluster keeps its centre and is never used.
+
+Measured on a small language model with 8-bit weights (its evidence; KL to the dense network at 8 / 6 / 4 bits): one
+scale 0.0085 / 0.113 / 0.971, 8 groups 0.0083 / 0.0287 / 0.280; at 4 bits 2 groups 0.625, 16 groups 0.232. The paper's
+claim holds below 8 bits: a few groups take three quarters of the loss away. At 8 bits they clip: ranges of few channels
+meet values on other text that they have not seen (with dense weights 0.0026 by calibrated ranges, 0.0013 by those of
+the held-out text itself), and how much differs threefold between calibration seeds. One dynamic scale a token, which
+stores nothing, is better everywhere (0.0013 / 0.0169 / 0.194): groups are for hardware that must know its scales.
 """
 
 from __future__ import annotations

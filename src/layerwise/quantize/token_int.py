@@ -10,6 +10,11 @@ literature, with 4-bit weights W4A8 and, at ``bits=4``, W4A4.
 Source: the dynamic token-wise quantization of *LLM.int8()*, arXiv 2208.07339, and *ZeroQuant*, arXiv 2206.01861; of the
 catalogue's papers EdgeQAT, OSP and FireQ measure their activations so. Choices of ours: the most negative code is left
 out, so that the grid is the same on both sides of zero; the scale is float32; inputs of a head are left in floats.
+
+Measured on a small language model (its evidence; KL to the dense network): 4-bit weights cost 0.0153 with float inputs
+and 0.0164 / 0.0320 / 0.213 with inputs of 8 / 6 / 4 bits; 8-bit weights 0.00015 and 0.0013 / 0.0169 / 0.194. So W4A8
+is nearly free, and inputs are harder to round than weights: 4 bits of them cost ten times what 4-bit weights do. One
+static scale for the tensor, stored with the network, loses 5 to 7 times as much at every width (8-bit weights).
 """
 
 from __future__ import annotations
