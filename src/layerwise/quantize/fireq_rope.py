@@ -12,10 +12,11 @@ step of the others. For weights it does nothing by itself: a row's scale goes wh
 rounding to nearest gives the same codes.
 
 Source: *FireQ: Fast INT4-FP8 Kernel and RoPE-aware Quantization for LLM Inference Acceleration*, arXiv 2505.20839, its
-pre-RoPE normalisation. Left open there: its strength (below), and what a pair's size is; root mean squares here, from the second moments of the
-inputs, where maxima over tokens are the other reading; the mean of the inputs is not known, so a bias adds its square
-alone. The scaling after rotation, of the few channels that still stick out, works on stored keys at run time and is
-not here. Heads of which only a part is turned, and norms on queries and keys, are refused by trial.
+pre-RoPE normalisation. Left open there: its strength (below), and what a pair's size is; root mean squares here, from
+the second moments of the inputs, where maxima over tokens are the other reading; the mean of the inputs is not known,
+so a bias adds its square alone. The scaling after rotation, of the few channels that still stick out, works on stored
+keys at run time and is not here. Heads of which only a part is turned, and norms on queries and keys, are refused by
+trial.
 
 Measured on a small language model, nothing rounded but its keys after rotation, one scale a token and head (KL to the
 dense network at 4 / 3 / 2 bits): as it is 0.0137 / 0.0791 / 0.782; pairs half equalised 0.0089 / 0.0527 / 0.377; fully
