@@ -10,6 +10,7 @@ import pytest
 
 SCRIPTS = (
     "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
+    "rotary_keys",
 )  # fmt: skip
 
 

@@ -11,6 +11,12 @@ sigmoids for each channel); here the two ends of the tensor are searched, which 
 every machine. The sample is 256 calibration tokens through the stored network. Weights are rounded by the recipe's own
 encoder, so the reconstruction of part C is left out, and so is part B, the base sqrt(2) logarithm of attention
 probabilities: nothing here multiplies those as integers.
+
+Measured on a small language model with 8-bit weights (its evidence; KL to the dense network at 8 / 6 / 4 bits): the
+whole range 0.0085 / 0.113 / 0.971, clipped 0.0061 / 0.0495 / 0.367: at 6 and 4 bits clipping takes more than half of
+the loss away. Eight groups of channels (``dgq``) are better still there, and one dynamic scale a token everywhere
+(0.0013 / 0.0169 / 0.194). Part A hardly helps on this network: with ``repquant`` before the weights and one whole range
+at 6 bits the loss is 0.112 instead of 0.118 (one seed).
 """
 
 from __future__ import annotations
