@@ -19,9 +19,9 @@ keys at run time and is not here. Heads of which only a part is turned, and norm
 trial.
 
 Measured on a small language model, nothing rounded but its keys after rotation, one scale a token and head (KL to the
-dense network at 4 / 3 / 2 bits): as it is 0.0137 / 0.0791 / 0.782; pairs half equalised 0.0089 / 0.0527 / 0.377; fully
-0.0204 / 0.118 / 0.638. The full strength gives away in the queries, which multiply the error, what it gains in the
-keys; it pays (0.0113 / 0.0595 / 0.373) only by sizes that are maxima over tokens. Hence one half.
+dense network at 4 / 3 / 2 bits, ``benchmarks/rotary_keys.py``): as it is 0.0137 / 0.0791 / 0.782; pairs half equalised
+0.0090 / 0.0516 / 0.376; fully 0.0200 / 0.118 / 0.632. The full strength gives away in the queries, which multiply the
+error, more than it gains in the keys; hence one half. To weights rounded to nearest it does nothing (its evidence).
 """
 
 from __future__ import annotations
