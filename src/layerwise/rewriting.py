@@ -8,7 +8,8 @@ block: "as is", or one of the chains. What a chain made of a block is kept in th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,14 +106,23 @@ class Rewriter:
             frozenset(path[s.name] for s in tree.of_block(block) if s.transposed),
             {path[name]: fitted.fit for name, fitted in sites.items()},
             {path[name]: fitted.judge for name, fitted in sites.items()},
-            *self.places(block),
+            self.folds(block),
+            self.rotary(block),
         )
 
     def folds(self, block: str) -> tuple[Fold, ...]:
-        return self.places(block)[0]
+        """A block's exact folds."""
+        with self.probed(block) as (member, run, hidden):
+            return find_folds(member, run, hidden, self.calibration.seed)
 
-    def places(self, block: str) -> tuple[tuple[Fold, ...], tuple[RotaryPairs, ...]]:
-        """A block's exact folds and its rotary pairs."""
+    def rotary(self, block: str) -> tuple[RotaryPairs, ...]:
+        """A block's queries and keys that are rotated in pairs."""
+        with self.probed(block) as (member, run, hidden):
+            return find_rotary_pairs(member, run, hidden, self.calibration.seed, TOLERANCE)
+
+    @contextmanager
+    def probed(self, block: str) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Tensor], Tensor]]:
+        """(the block with its weights, what runs it, the hidden state that it is run on)."""
         calibration, streamer, index = self.calibration, self.streamer, self.network.tree.blocks.index(block)
         inputs, batch = calibration.inputs(), calibration.splits.all[0].rows(0, PROBED_SEQUENCES)
         learn_output_shape(streamer, batch, inputs[index])
@@ -121,12 +131,7 @@ class Rewriter:
                 call = enter(batch, index)[1]
             hidden = inputs[index].read(0)[:PROBED_SEQUENCES].to(streamer.device)
             with streamer.block(index) as member:
-
-                def run(m: nn.Module) -> Tensor:
-                    return streamer.run_block(m, hidden, call)
-
-                seed = calibration.seed
-                return find_folds(member, run, hidden, seed), find_rotary_pairs(member, run, hidden, seed, TOLERANCE)
+                yield member, lambda m: streamer.run_block(m, hidden, call), hidden
 
 
 def rewritten(scope: BlockScope, label: str) -> BlockScope:
