@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerwise.activations import grids_of_artifact
 from layerwise.apply import write_network
 from layerwise.calibrate.images import Images, image_splits, read_images
 from layerwise.calibrate.passes import Calibration, forward
@@ -43,7 +44,7 @@ from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact, eval
 from layerwise.images import Given, images_at_once, positions_of
 from layerwise.kept import Candidates, overlay, rebuilt, with_removals
 from layerwise.loss import loss_of_network
-from layerwise.network.artifact import staged
+from layerwise.network.artifact import open_artifact, staged
 from layerwise.network.module import ModuleNetwork, batches_of_inputs, inputs_of, open_module
 from layerwise.network.network import Network, open_network, reads_images
 from layerwise.network.overlay import Overlay
@@ -205,24 +206,33 @@ def images_for(network: Network, given: Any) -> Images:
 
 
 def evaluate(
-    artifact: str | Path, *, dense: str | Path | Network, text: Any, length: int = 256, **options: Any
+    artifact: str | Path,
+    *,
+    dense: str | Path | Network,
+    text: Any,
+    length: int = 256,
+    activations: str | None = None,
+    **options: Any,
 ) -> ArtifactQuality:
     """Measure a saved artifact against the dense network on held-out text or images.
 
     text: a text source; for a network that reads images a file of them, or a pair (images, labels).
 
+    activations: measure it once more with the inputs of its linears quantized: ``token_int:bits=8``.
+
     ``options`` are those of ``evaluate_artifact``: ``pooling``, ``sequences``, ``seed``.
     """
     network = dense if isinstance(dense, Network) else open_network(dense)
+    inputs = grids_of_artifact(open_artifact(artifact), network, activations)
     if reads_images(network):
         images = images_for(network, text)
         positions = positions_of(network, images)
         batches = batches_of_inputs(images.pixels, images.labels, images_at_once(network), positions)
-        return evaluate_on_images(str(artifact), network, loss_of_network(network, None), batches)
+        return evaluate_on_images(str(artifact), network, loss_of_network(network, None), batches, inputs=inputs)
     assert not isinstance(dense, Network)
     length = min(length, longest(network))
     return evaluate_artifact(
-        str(artifact), str(dense), read_text(text), open_tokenizer(network), length=length, **options
+        str(artifact), str(dense), read_text(text), open_tokenizer(network), length=length, inputs=inputs, **options
     )
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
+from layerwise.activations import input_layouts
 from layerwise.candidates import kept_layout
-from layerwise.encoding.encoded import Encoded, layout_bytes
+from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
+from layerwise.encoding.inputs import InputGrid
 from layerwise.kept import Candidates, Rebuilt, rebuilt
-from layerwise.network.artifact import artifact_layout, write_artifact
+from layerwise.network.artifact import artifact_layout, with_inputs, write_artifact
 from layerwise.network.checkpoint import to_plain
 from layerwise.network.network import Network
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.file import PlanBudget, PlanFile, PlanNetwork, Predicted, make_plan, write_plan
 from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
+from layerwise.technique import ActivationQuantizer
 
 
 @dataclass(frozen=True)
@@ -37,15 +41,17 @@ def apply_plan(
     budget: int,
     folder: Path,
     fingerprint: str,
+    inputs: Mapping[str, InputGrid] = MappingProxyType({}),
 ) -> Applied:
-    """Write weights, config, companions and ``plan.json`` into ``folder``.
+    """Write weights, config, companions and ``plan.json`` into ``folder``; ``inputs``: site -> grid of its inputs.
 
     Raises ``RuntimeError`` if the file's size is not the predicted one: that would be our mistake, not the user's.
     """
     recipes = {name: c.recipe for name, c in allocation.sites.items()}
     made = rebuilt(candidates, recipes)
-    predicted = predicted_bytes(made.network, made.recipes)
-    written = write_network(made, folder)
+    quantizer = prepared.activations
+    predicted = predicted_bytes(made.network, made.recipes, quantizer)
+    written = write_network(made, folder, inputs)
     if written != predicted:
         raise RuntimeError(f"the artifact has {written} bytes, predicted were {predicted}")
     plan = plan_of(prepared, candidates, allocation, tree, budget, fingerprint)
@@ -65,12 +71,15 @@ def plan_of(
         allocation,
         PlanNetwork(network.name, fingerprint, network.tree.parameters),
         PlanBudget(asked, budget),
-        Predicted(predicted_bytes(made.network, made.recipes), allocation.damage, prepared.loss.unit),
+        Predicted(
+            predicted_bytes(made.network, made.recipes, prepared.activations), allocation.damage, prepared.loss.unit
+        ),
         {s.name: s.parameters for s in network.tree.sites},
+        None if prepared.activations is None else str(prepared.activations),
     )
 
 
-def write_network(made: Rebuilt, folder: Path) -> int:
+def write_network(made: Rebuilt, folder: Path, inputs: Mapping[str, InputGrid] = MappingProxyType({})) -> int:
     """Weights, config and companions; one site in memory at a time. Returns the bytes of all safetensors."""
     network, recipes, changed = made.network, made.recipes, made.plain
     plain = network.plain_parameters(recipes)
@@ -79,6 +88,7 @@ def write_network(made: Rebuilt, folder: Path) -> int:
         network.plain_layout(recipes),
         turned(network),
     )
+    layout = with_inputs(layout, {site: layout_of_tensors(grid.tensors()) for site, grid in inputs.items()})
     kernels = {s.parameter: s.kernel for s in network.tree.sites if s.kernel is not None}
 
     def encoded() -> Iterator[tuple[str, Encoded]]:
@@ -93,15 +103,22 @@ def write_network(made: Rebuilt, folder: Path) -> int:
             yield name, network.checkpoint.read(name)
 
     opened = any(s.experts for s in network.tree.sites)
-    return write_artifact(folder, network.checkpoint, layout, encoded(), dense(), turned(network), kernels, opened)
+    return write_artifact(
+        folder, network.checkpoint, layout, encoded(), dense(), turned(network), kernels, opened, inputs
+    )
 
 
-def predicted_bytes(network: Network, recipes: dict[str, str]) -> int:
+def layout_of_tensors(tensors: Mapping[str, Tensor]) -> Layout:
+    return {suffix: (tensor.dtype, tuple(tensor.shape)) for suffix, tensor in tensors.items()}
+
+
+def predicted_bytes(network: Network, recipes: dict[str, str], quantizer: ActivationQuantizer | None = None) -> int:
     """Exact bytes of the artifact's safetensors, from shapes alone."""
     from layerwise.network.artifact import predicted_size
 
     encoded = {f"{name}.weight": form_layout(network, name, recipe) for name, recipe in recipes.items()}
-    return predicted_size(encoded, network.plain_layout(recipes), network.checkpoint)
+    inputs = input_layouts(network, recipes, quantizer)
+    return predicted_size(encoded, network.plain_layout(recipes), network.checkpoint, inputs)
 
 
 def form_layout(network: Network, site: str, recipe: str):  # type: ignore[no-untyped-def]

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from layerwise.activations import input_grids
 from layerwise.apply import Applied, apply_plan, plan_of
 from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
 from layerwise.candidates import find_candidates
 from layerwise.disk import check_disk, keeps_statistics
+from layerwise.encoding.inputs import InputGrid
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
 from layerwise.engine.memory import give_back
@@ -22,7 +25,7 @@ from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.images import Given
-from layerwise.kept import Candidates, overlay, uniform_plan, with_removals
+from layerwise.kept import Candidates, overlay, rebuilt, uniform_plan, with_removals
 from layerwise.measuring import NetworkMeasures
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
@@ -186,17 +189,21 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
         written = again(calibration, candidates, chosen, options.workers, watch)
     if options.tune:
         written = tune(calibration, written, chosen, parse_tuner(options.tune), batches, watch)
+    stored = overlay(written, chosen)
+    inputs = input_grids(
+        stored, rebuilt(written, chosen).recipes, prepared.activations, calibration, (*splits.fit, *splits.judge)
+    )
     out = Path(options.out)
     with staged(out, options.force) as part:
         with watch.stage("write", 1) as advance:
-            applied = apply_plan(prepared, written, allocation, tree, budget, part, fingerprint)
+            applied = apply_plan(prepared, written, allocation, tree, budget, part, fingerprint, inputs)
             if options.uniform or options.plan:
                 budget = applied.bytes  # nothing was asked but the recipes themselves
             advance()
         baseline = None
         if options.baseline and not options.uniform:
             baseline = find_baseline(prepared, calibration, candidates, applied.bytes, watch)
-        measured = measure(prepared, calibration, overlay(written, chosen), baseline, watch)
+        measured = measure(prepared, calibration, stored, baseline, watch, inputs)
         evidence = make_evidence(
             prepared, calibration, candidates, tree, allocation, applied, baseline, measured, budget, fingerprint,
             command, watch,
@@ -259,11 +266,16 @@ def allocate(
 
 
 def measure(
-    prepared: Prepared, calibration: Calibration, plan: Overlay, baseline: Baseline | None, watch: Stopwatch
+    prepared: Prepared,
+    calibration: Calibration,
+    plan: Overlay,
+    baseline: Baseline | None,
+    watch: Stopwatch,
+    inputs: Mapping[str, InputGrid] = MappingProxyType({}),
 ) -> Mapping[str, Measured]:
-    """Dense, plan and baseline on the held-out text."""
+    """Dense, plan, plan with quantized activations (``inputs``) and baseline on the held-out text."""
     network = prepared.network
-    variants = {"plan": plan}
+    variants = {"plan": plan, **({"activations": plan.giving(inputs)} if inputs else {})}
     if baseline is not None:
         variants["baseline"] = baseline.weights
     with watch.stage("evaluate", (1 + len(variants)) * len(network.tree.blocks)) as advance:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layerwise.activations import most_input_bytes, quantizer_of
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.candidates import kept_layout, plain_recipe, stored_bytes
@@ -32,8 +33,8 @@ from layerwise.plan.file import read_plan
 from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
-from layerwise.recipe import parse_recipe, parse_technique, parse_tuner
-from layerwise.technique import BlockMeasure
+from layerwise.recipe import parse_activations, parse_recipe, parse_technique, parse_tuner
+from layerwise.technique import ActivationQuantizer, BlockMeasure
 
 METADATA = {"format": "pt"}
 
@@ -70,6 +71,7 @@ class Options:
     redo: tuple[str, ...] = ()
     plan: str | None = None
     rewrite: str | None = None
+    activations: str | None = None
     allocators: tuple[str, ...] = ()  # that plan instead of layerwise's own; compress takes one, compare several
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class Options:
             raise InputError(f"--dtype must be auto, float16 or bfloat16, not {self.dtype!r}")
         if self.tune is not None:
             parse_tuner(self.tune)
+        if self.activations is not None:
+            parse_activations(self.activations)
         for text in self.allocators:
             parse_allocator(text)
         if self.allocators and self.budget is None:
@@ -128,6 +132,7 @@ class Prepared:
     range: Range
     budget: Budget | None
     quality: QualityLoss | None
+    activations: ActivationQuantizer | None = None
 
 
 def prepare(options: Options, given: Given = Given()) -> Prepared:
@@ -146,16 +151,18 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
         check_surgeons(menu, options, network)
     if options.plan is not None:
         check_plan(options.plan, network, menu, only)
-    reach = reachable(network, menu, only)
+    activations = quantizer_of(options.activations, options.plan, network)
+    reach = reachable(network, menu, only, most_input_bytes(network, activations))
     if budget is not None:
         check_budget(budget, network, reach)
     if quality is not None:
         check_quality(quality, loss, network)
     check_plain(network)
+    chosen = menu, only, reach, budget, quality, activations
     if reads_images(network):
         data = image_data(network, given, options)
         text, evaluation = Text(data.source, ()), Evaluation(Text(data.held_out, ()), data.batches, data.same_source)
-        return Prepared(options, network, None, loss, data.splits, text, evaluation, menu, only, reach, budget, quality)
+        return Prepared(options, network, None, loss, data.splits, text, evaluation, *chosen)
     tokenizer = open_tokenizer(network)
     length = min(options.length, longest(network))
     text = read_text(options.calibrate, options.text_column)
@@ -171,9 +178,7 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
     evaluation = make_evaluation(held_out, same_source, tokenizer, loss, windows, options, length)
     check_tokens(splits.all, calibration_text, network)
     check_tokens(evaluation.batches, held_out, network)
-    return Prepared(
-        options, network, tokenizer, loss, splits, calibration_text, evaluation, menu, only, reach, budget, quality
-    )
+    return Prepared(options, network, tokenizer, loss, splits, calibration_text, evaluation, *chosen)
 
 
 def make_evaluation(
@@ -218,9 +223,9 @@ def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str
     return site, str(parse_recipe(recipe))
 
 
-def reachable(network: Network, menu: Menu, only: dict[str, str]) -> Range:
-    """Smallest and largest file that the menu can make, from shapes alone."""
-    fixed = header_fixed(METADATA)
+def reachable(network: Network, menu: Menu, only: dict[str, str], added: int = 0) -> Range:
+    """Smallest and largest file that the menu can make, from shapes alone, and ``added`` bytes whatever is chosen."""
+    fixed = header_fixed(METADATA) + added
     fixed += plain_bytes(network, network.plain_layout([s.name for s in network.tree.sites]))
     smallest = largest = fixed
     for site in network.tree.sites:

@@ -12,6 +12,7 @@ from typing import Any
 
 from layerwise.errors import InputError, nearest
 from layerwise.technique import (
+    ActivationQuantizer,
     Encoder,
     Probe,
     Rewrite,
@@ -105,6 +106,17 @@ def parse_tuner(text: str) -> Tuner:
         raise InputError(
             f"{found.name} is no tuner, it cannot be run on a finished plan; write --tune {names(Tuner)[0]}"
         )
+    return found
+
+
+def parse_activations(text: str) -> ActivationQuantizer:
+    """``token_int:bits=8`` -> what quantizes the inputs of linears."""
+    name = text.partition(":")[0].strip().replace("-", "_")
+    if name not in (known := names(ActivationQuantizer)):
+        what = "quantizes no activations" if name in technique_files() else "does not exist"
+        raise InputError(f"--activations {name!r} {what}; give one of {', '.join(known)}, such as token_int:bits=8")
+    found = parse_technique(text)
+    assert isinstance(found, ActivationQuantizer)
     return found
 
 

@@ -54,6 +54,9 @@ def make_evidence(
     rows = [row("dense", None, dense_bytes, None, parameters, measured["dense"], prepared)]
     sizes = applied.bytes, applied.linear_bytes
     rows.append(row("plan", options.uniform, *sizes, parameters, measured["plan"], prepared))
+    if "activations" in measured:
+        name, setting = "plan, quantized activations", str(prepared.activations)
+        rows.append(row(name, setting, *sizes, parameters, measured["activations"], prepared))
     if baseline is not None:
         sizes = baseline.bytes, baseline.linear_bytes
         rows.append(row("baseline", baseline.recipe, *sizes, parameters, measured["baseline"], prepared))
@@ -102,6 +105,11 @@ def remarks(prepared: Prepared, candidates: Candidates) -> dict[str, str]:
     found = {}
     if prepared.options.sequential:
         found["propagation"] = "encoded behind the stored prefix; damages are those before propagation"
+    if prepared.activations is not None:
+        found["activations"] = (
+            f"{prepared.activations} at the inputs of encoded linears; damages, front and baseline are of weights "
+            f"alone, and what is stored runs as the row with quantized activations"
+        )
     if prepared.options.tune:
         found["tuning"] = f"{parse_tuner(prepared.options.tune)}; damages are those before tuning"
     for label in dict.fromkeys(label for refusals in candidates.refused.values() for label in refusals):
@@ -290,6 +298,7 @@ def replan_command(prepared: Prepared) -> str:
         "dtype",
         "device",
         "rewrite",
+        "activations",
     ):
         if getattr(options, name) != getattr(plain, name):
             words += ["--" + name.replace("_", "-"), str(getattr(options, name))]

@@ -8,19 +8,21 @@ block: "as is", or one of the chains. What a chain made of a block is kept in th
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.passes import Calibration, Fitted, Part
 from layerwise.errors import InputError
-from layerwise.network.folds import BlockScope, Fold, find_folds
+from layerwise.network.folds import TOLERANCE, BlockScope, Fold, find_folds
+from layerwise.network.rotary_pairs import RotaryPairs, find_rotary_pairs
 from layerwise.network.streaming import Streamer
 from layerwise.recipe import parse_recipe, surgery
 from layerwise.technique import Rewrite
@@ -105,9 +107,22 @@ class Rewriter:
             {path[name]: fitted.fit for name, fitted in sites.items()},
             {path[name]: fitted.judge for name, fitted in sites.items()},
             self.folds(block),
+            self.rotary(block),
         )
 
     def folds(self, block: str) -> tuple[Fold, ...]:
+        """A block's exact folds."""
+        with self.probed(block) as (member, run, hidden):
+            return find_folds(member, run, hidden, self.calibration.seed)
+
+    def rotary(self, block: str) -> tuple[RotaryPairs, ...]:
+        """A block's queries and keys that are rotated in pairs."""
+        with self.probed(block) as (member, run, hidden):
+            return find_rotary_pairs(member, run, hidden, self.calibration.seed, TOLERANCE)
+
+    @contextmanager
+    def probed(self, block: str) -> Iterator[tuple[nn.Module, Callable[[nn.Module], Tensor], Tensor]]:
+        """(the block with its weights, what runs it, the hidden state that it is run on)."""
         calibration, streamer, index = self.calibration, self.streamer, self.network.tree.blocks.index(block)
         inputs, batch = calibration.inputs(), calibration.splits.all[0].rows(0, PROBED_SEQUENCES)
         learn_output_shape(streamer, batch, inputs[index])
@@ -116,7 +131,7 @@ class Rewriter:
                 call = enter(batch, index)[1]
             hidden = inputs[index].read(0)[:PROBED_SEQUENCES].to(streamer.device)
             with streamer.block(index) as member:
-                return find_folds(member, lambda m: streamer.run_block(m, hidden, call), hidden, calibration.seed)
+                yield member, lambda m: streamer.run_block(m, hidden, call), hidden
 
 
 def rewritten(scope: BlockScope, label: str) -> BlockScope:

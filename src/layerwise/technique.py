@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from layerwise.calibrate.input_ranges import InputRanges
     from layerwise.calibrate.passes import Calibration
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
+    from layerwise.encoding.inputs import InputGrid
     from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
     from layerwise.plan.measures import Measures
@@ -235,6 +237,24 @@ class Tuner(Technique):
     @abstractmethod
     def passes(self) -> int:
         """How often ``sequences`` go forward and backward through the scope, for the forecast of time."""
+
+
+class ActivationQuantizer(Technique):
+    """The inputs of a linear in, the grid on which they become integers out.
+
+    What the grid gives for a token does not depend on other tokens, is finite, and is itself on the same grid.
+    """
+
+    role = "activation quantizer"
+    static: ClassVar[bool] = False  # whether ranges have to be measured first
+
+    @abstractmethod
+    def grid(self, ranges: InputRanges | None) -> InputGrid:
+        """The grid of one linear's inputs; ``ranges`` are what they spanned in calibration, for a static one."""
+
+    def layout(self, columns: int) -> Layout:
+        """Suffix -> (dtype, shape) of what a grid for this many inputs stores; ``InputError`` where there is none."""
+        return {}
 
 
 T = TypeVar("T", bound=type[Technique])

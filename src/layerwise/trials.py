@@ -98,8 +98,7 @@ class Ground:
 
     def uniform(self, found: Candidates, recipe: str) -> Side:
         """One recipe on every linear."""
-        wanted = str(parse_recipe(recipe))
-        return self.side(found, recipe, {name: _settled(site, wanted) for name, site in found.sites.items()})
+        return self.side(found, recipe, chosen_of(found, recipe))
 
     def planned(self, found: Candidates, name: str, allocation: Allocation) -> Side:
         return self.side(found, name, {site: c.recipe for site, c in allocation.sites.items()})
@@ -113,6 +112,12 @@ class Ground:
     def written(self, found: Candidates, recipes: dict[str, str]) -> Candidates:
         again = refit if keeps_statistics(self.prepared.options, self.network) else refit_by_pass
         return again(self.calibration, found, recipes, self.prepared.options.workers, self.watch)
+
+
+def chosen_of(found: Candidates, recipe: str) -> dict[str, str]:
+    """What every site is stored as under a uniform setting."""
+    wanted = str(parse_recipe(recipe))
+    return {name: _settled(site, wanted) for name, site in found.sites.items()}
 
 
 def _settled(site: SiteCandidates, wanted: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPTS = (
     "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
-    "decoding", "peers.run",
+    "decoding", "peers.run", "rotary_keys",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.errors import InputError
 from layerwise.network.folds import BlockScope, find_folds
+from layerwise.network.rotary_pairs import find_rotary_pairs
 from layerwise.network.sites import find_sites
 from layerwise.network.skeleton import materialised
 from layerwise.technique import Rewrite, find, names
@@ -63,6 +64,7 @@ class Case:
             fit,
             dict(fit),
             find_folds(self.block, self.run, self.args[0], seed=0),  # type: ignore[arg-type]
+            find_rotary_pairs(self.block, self.run, self.args[0], seed=0, tolerance=TOLERANCE),  # type: ignore[arg-type]
         )
 
 

@@ -66,6 +66,8 @@ def test_rows_are_measurements(name: str) -> None:
         assert row.bytes > 0 and row.baseline.bytes > 0
         assert {"python", "torch", "layerwise"} <= set(row.versions)
         same_setting = [other for other in found.rows if other.setting == row.setting]
+        if find(name).role == "activation quantizer":  # the same weights on both sides; grids are a few hundred bytes
+            continue
         # Where no baseline has the same size (but for names in the header), there is one that is at least as large.
         assert (
             any(other.baseline.bytes >= 0.999 * row.bytes for other in same_setting) or "planned" in row.baseline.recipe

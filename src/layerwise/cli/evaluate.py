@@ -23,12 +23,15 @@ def evaluate(
     length: shared.Length = 256,
     text_column: shared.TextColumn = None,
     pooling: shared.Pooling = None,
+    activations: shared.Activations = None,
     seed: shared.Seed = 0,
     json: shared.Json = False,
 ) -> None:
     """Measure OUT against the dense network: quality, size, latency, peak memory."""
+    from layerwise.activations import grids_of_artifact
     from layerwise.calibrate.text import read_text
     from layerwise.evaluate.artifact import evaluate_artifact
+    from layerwise.network.artifact import open_artifact
     from layerwise.network.network import open_network, reads_images
     from layerwise.prepare import longest, open_tokenizer
 
@@ -36,15 +39,17 @@ def evaluate(
     if reads_images(network):
         from layerwise.acts import evaluate as measure
 
-        found = measure(artifact, dense=network, text=evaluate)
+        found = measure(artifact, dense=network, text=evaluate, activations=activations)
         show(found, f"images of {evaluate}", json)
         return
+    inputs = grids_of_artifact(open_artifact(artifact), network, activations)
     text = read_text(evaluate, text_column)
     tokenizer = open_tokenizer(network)
-    with shared.Bar(quiet=json).stage("evaluate", 2 * len(network.tree.blocks)) as advance:
+    with shared.Bar(quiet=json).stage("evaluate", (3 if inputs else 2) * len(network.tree.blocks)) as advance:
         found = evaluate_artifact(
-            artifact, dense, text, tokenizer, pooling, sequences, min(length, longest(network)), seed, advance
-        )
+            artifact, dense, text, tokenizer, pooling, sequences, min(length, longest(network)), seed, advance,
+            inputs,
+        )  # fmt: skip
     show(found, f"{found.tokens:,} tokens of {text.source}", json)
 
 
@@ -55,10 +60,11 @@ def show(found: ArtifactQuality, title: str, json: bool) -> None:
     if json:
         shared.print_json({**asdict(found), "peak_memory": peak_memory()})
         return
-    rows = [("size", megabytes(found.dense_bytes), megabytes(found.bytes))]
-    rows += [
-        (name, significant(found.dense.get(name), 4), significant(value, 4)) for name, value in found.artifact.items()
-    ]
-    rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms"))
-    rows.append(("peak memory of this run", "", megabytes(peak_memory())))
-    shared.print_table(title, ("", "dense", "artifact"), rows, numeric=(1, 2))
+    columns = [found.dense, found.artifact, *([found.activations] if found.activations else [])]
+    size = megabytes(found.bytes)
+    rows = [("size", megabytes(found.dense_bytes), *[size] * (len(columns) - 1))]
+    rows += [(name, *(significant(c.get(name), 4) for c in columns)) for name in found.artifact]
+    rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms", *[""] * (len(columns) - 2)))
+    rows.append(("peak memory of this run", "", megabytes(peak_memory()), *[""] * (len(columns) - 2)))
+    names = ("", "dense", "artifact", "quantized activations")[: len(columns) + 1]
+    shared.print_table(title, names, rows, numeric=range(1, len(names)))

@@ -60,6 +60,11 @@ Allocator = Annotated[
     typer.Option(metavar="NAME", help="Plan by a published rule instead of layerwise's own: hawq, layerwise_quant."),
 ]
 
+Activations = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME", help="Quantize the inputs of linears too: token_int:bits=8."),
+]
+
 
 UNFOLDED = 240  # columns
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layerwise.calibrate.splits import batches_of
 from layerwise.calibrate.text import Text
+from layerwise.encoding.inputs import InputGrid
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.latency import forward_seconds
@@ -25,7 +26,10 @@ from layerwise.network.streaming import Batch
 
 @dataclass(frozen=True)
 class ArtifactQuality:
-    """Metrics of the dense network and of the artifact on the same text."""
+    """Metrics of the dense network and of the artifact on the same text.
+
+    activations: those of the artifact with the inputs of its linears quantized as was asked for; None if it was not.
+    """
 
     dense: dict[str, Any]
     artifact: dict[str, Any]
@@ -33,6 +37,7 @@ class ArtifactQuality:
     dense_bytes: int
     latency_ms: float
     tokens: int
+    activations: dict[str, Any] | None = None
 
 
 def evaluate_artifact(
@@ -45,8 +50,12 @@ def evaluate_artifact(
     length: int = 256,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
+    inputs: Mapping[str, InputGrid] | None = None,
 ) -> ArtifactQuality:
-    """Stream both networks over the text, then time the artifact in memory on the first batch."""
+    """Stream both networks over the text, then time the artifact in memory on the first batch.
+
+    inputs: site -> a grid for its inputs, to be measured beside what the artifact itself says.
+    """
     network = open_network(dense)
     artifact = open_artifact(path)
     if artifact.config.get("tie_word_embeddings") is False:
@@ -60,7 +69,8 @@ def evaluate_artifact(
     else:
         batches = batches_of(text.documents, tokenizer, windows, sequences, length)
     with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
-        found = compare(network, {"artifact": artifact}, loss, batches, Path(scratch), advance=advance)
+        variants = {"artifact": artifact, **({"activations": artifact.giving(inputs)} if inputs else {})}
+        found = compare(network, variants, loss, batches, Path(scratch), advance=advance)
     module = load(path)
     return ArtifactQuality(
         dense=_with_spearman(found["dense"], index, text, seed),
@@ -69,17 +79,24 @@ def evaluate_artifact(
         dense_bytes=network.checkpoint.safetensors_bytes,
         latency_ms=1e3 * forward_seconds(module, batches[0].rows(0, 1)),
         tokens=sum(int(b.counted.sum()) for b in batches),
+        activations=_with_spearman(found["activations"], index, text, seed) if inputs else None,
     )
 
 
 def evaluate_on_images(
-    path: str, network: Network, loss: Loss, batches: Sequence[Batch], advance: Callable[[], None] = lambda: None
+    path: str,
+    network: Network,
+    loss: Loss,
+    batches: Sequence[Batch],
+    advance: Callable[[], None] = lambda: None,
+    inputs: Mapping[str, InputGrid] | None = None,
 ) -> ArtifactQuality:
     """The same for a network that reads images; with labels the metrics include top-1."""
     artifact = open_artifact(path)
     check_same_network(artifact, network)
     with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
-        found = compare(network, {"artifact": artifact}, loss, batches, Path(scratch), advance=advance)
+        variants = {"artifact": artifact, **({"activations": artifact.giving(inputs)} if inputs else {})}
+        found = compare(network, variants, loss, batches, Path(scratch), advance=advance)
     module = load(path, into=copy.deepcopy(network.original) if isinstance(network, ModuleNetwork) else None)
     return ArtifactQuality(
         dense=dict(found["dense"].metrics),
@@ -88,6 +105,7 @@ def evaluate_on_images(
         dense_bytes=network.checkpoint.safetensors_bytes,
         latency_ms=1e3 * forward_seconds(module, batches[0].rows(0, 1)),
         tokens=sum(int(b.counted.sum()) for b in batches),
+        activations=dict(found["activations"].metrics) if inputs else None,
     )
 
 

@@ -20,6 +20,7 @@ from layerwise.loss import Loss
 from layerwise.network.module import running
 from layerwise.network.network import Network, hidden_width, output_width
 from layerwise.network.overlay import Overlay
+from layerwise.network.quantized_inputs import inputs_of, quantize_inputs
 from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
 
 
@@ -50,7 +51,7 @@ def compare(
     if network.whole:
         return _compare_whole(network, variants, loss, batches, device, advance)
     named: dict[str, Weights] = {"dense": network, **variants}
-    streamers = {name: Streamer(body_of(weights, network).again(), weights, device) for name, weights in named.items()}
+    streamers = {name: Streamer(own_body(weights, network), weights, device) for name, weights in named.items()}
     finals = {}
     for i, (name, streamer) in enumerate(streamers.items()):
         finals[name] = run_blocks(streamer, batches, folder, f"compare{i}", advance)
@@ -79,6 +80,11 @@ def body_of(weights: Weights, network: Network) -> Network:
     return weights.network if isinstance(weights, Overlay) else network
 
 
+def own_body(weights: Weights, network: Network) -> Network:
+    """A network of its own for these weights to run in, which rounds inputs as they say."""
+    return quantize_inputs(body_of(weights, network).again(), inputs_of(weights))
+
+
 def _compare_whole(
     network: Network,
     variants: Mapping[str, Weights],
@@ -94,7 +100,7 @@ def _compare_whole(
     measured: dict[str, Measured] = {}
     for name, weights in (variants or {"dense": network}).items():
         sums = _Sums()
-        with running(network.again(), weights, device) as run:
+        with running(quantize_inputs(network.again(), inputs_of(weights)), weights, device) as run:
             for batch, target in zip(batches, dense, strict=True):
                 output = run(batch.pixels.to(device)) if name != "dense" else target  # type: ignore[union-attr]
                 sums.add(loss, batch, target, loss.target(output, batch).cpu())

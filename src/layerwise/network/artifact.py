@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +24,7 @@ from torch import Tensor
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.encoded import Layout as FormLayout
 from layerwise.encoding.forms import restore_form
+from layerwise.encoding.inputs import InputGrid, input_layout, restore_inputs
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
 from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config
@@ -61,14 +62,21 @@ def artifact_layout(
     return layout | {name: (dtype, tuple(shape)) for name, (dtype, shape) in plain.items()}
 
 
+def with_inputs(layout: FileLayout, inputs: Mapping[str, FormLayout]) -> FileLayout:
+    """With what the grids of quantized inputs store: site -> layout of its grid."""
+    stored = {f"{site}.input{suffix}": value for site, grid in inputs.items() for suffix, value in grid.items()}
+    return layout | stored
+
+
 def predicted_size(
     encoded: Mapping[str, FormLayout],
     plain: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     checkpoint: Checkpoint | None = None,
+    inputs: Mapping[str, FormLayout] = MappingProxyType({}),
 ) -> int:
     """Bytes of all safetensors files of the artifact, to the byte, before anything is written."""
     copied = sum(c.weight_bytes for c in checkpoint.companions) if checkpoint else 0
-    return safetensors_file.file_size(artifact_layout(encoded, plain), METADATA) + copied
+    return safetensors_file.file_size(with_inputs(artifact_layout(encoded, plain), inputs), METADATA) + copied
 
 
 def write_artifact(
@@ -80,11 +88,13 @@ def write_artifact(
     transposed: Collection[str] = (),
     kernels: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     opened: bool = False,
+    inputs: Mapping[str, InputGrid] = MappingProxyType({}),
 ) -> int:
     """Write weights, config and companions into ``folder`` and return the size that ``predicted_size`` promised.
 
     kernels: names in ``encoded`` whose module is a convolution, and the kernel that its matrix flattens.
     opened:  the network's experts are stored one by one, so that it takes layerwise to load it even if all is dense.
+    inputs:  site -> grid of its inputs, of sites that are encoded; ``layout`` has its tensors (``with_inputs``).
 
     ``encoded`` and ``plain`` are consumed one by one: one site is in memory at a time. Give a folder of ``staged``.
     """
@@ -98,10 +108,15 @@ def write_artifact(
                 own = stored[""].T if turned else stored[""]
                 yield parameter, own.reshape(layout[parameter][1]) if parameter in kernels else own
                 continue
-            sites[parameter.removesuffix(".weight")] = StoredSite(form.spec(), turned, kernels.get(parameter))
+            site = parameter.removesuffix(".weight")
+            grid = inputs.get(site)
+            sites[site] = StoredSite(form.spec(), turned, kernels.get(parameter), None if grid is None else grid.spec())
             for suffix, tensor in stored.items():
                 yield parameter + suffix, tensor
         yield from plain
+        for site, grid in inputs.items():
+            for suffix, tensor in grid.tensors().items():
+                yield f"{site}.input{suffix}", tensor
 
     folder.mkdir(parents=True, exist_ok=True)
     safetensors_file.write(folder / WEIGHTS, layout, produce(), METADATA)
@@ -174,6 +189,7 @@ class Artifact:
     checkpoint: Checkpoint
     sites: dict[str, StoredSite]
     _table: tuple[str, Encoded] | None = field(default=None, repr=False)
+    _inputs: dict[str, InputGrid] | None = field(default=None, repr=False)
 
     @property
     def directory(self) -> Path:
@@ -196,7 +212,7 @@ class Artifact:
     @property
     def plain(self) -> tuple[str, ...]:
         """Names of the tensors that are stored as they are."""
-        packed = {name for site in self.sites for name in self.stored(site).values()}
+        packed = {name for site in self.sites for name in (*self.stored(site).values(), *self.stored_inputs(site))}
         return tuple(name for name in self.checkpoint.tensors if name not in packed)
 
     @property
@@ -210,6 +226,31 @@ class Artifact:
     def stored(self, site: str) -> dict[str, str]:
         """Suffix -> name of the tensors of a site."""
         return self._by_site.get(site, {})
+
+    def stored_inputs(self, site: str) -> list[str]:
+        """Names of the tensors of a site's grid for its inputs."""
+        spec = self.sites[site].inputs
+        return [] if spec is None else [f"{site}.input{suffix}" for suffix in input_layout(spec)]
+
+    def giving(self, inputs: Mapping[str, InputGrid]) -> Artifact:
+        """The same weights, multiplied by inputs on these grids instead of what the artifact says."""
+        return replace(self, _inputs=dict(inputs))
+
+    @cached_property
+    def inputs(self) -> dict[str, InputGrid]:
+        """Site -> grid of its inputs, where they are quantized."""
+        if self._inputs is not None:
+            return self._inputs
+        found = {}
+        for site, stored in self.sites.items():
+            if stored.inputs is not None:
+                names = self.stored_inputs(site)
+                tensors = {name.removeprefix(f"{site}.input"): self.checkpoint.read(name) for name in names}
+                try:
+                    found[site] = restore_inputs(stored.inputs, tensors)
+                except InputError as reason:
+                    raise InputError(f"{self.directory}: the inputs of {site}: {reason}") from None
+        return found
 
     @cached_property
     def _by_site(self) -> dict[str, dict[str, str]]:
@@ -260,9 +301,10 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     checkpoint = open_checkpoint(path)
     described = checkpoint.config.get("quantization_config")
     artifact = Artifact(checkpoint, {} if described is None else parse_sites(described))
-    missing = next((s for s in artifact.sites if f"{s}.weight" not in checkpoint.tensors), None)
+    wanted = {s: (f"{s}.weight", *artifact.stored_inputs(s)) for s in artifact.sites}
+    missing = next((s for s, names in wanted.items() if any(n not in checkpoint.tensors for n in names)), None)
     if missing is not None:
         raise InputError(
-            f"{checkpoint.directory} holds nothing for its site {missing}; its files do not belong together"
+            f"{checkpoint.directory} holds too little or nothing for its site {missing}; its files are not of one run"
         )
     return artifact

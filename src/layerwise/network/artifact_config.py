@@ -9,6 +9,8 @@
       }
     }
 
+``inputs`` (format version 2): the site multiplies quantized inputs, on the grid of ``encoding/inputs.py`` with this
+spec; what the grid stores lies under ``<site>.input…``. A version 1 artifact multiplies floats everywhere.
 ``transposed``: the stored matrix is [out, in], the module's own parameter is [in, out].
 ``kernel``: the stored matrix is [out, in * kh * kw], the module's own parameter is a convolution's [out, in, kh, kw].
 """
@@ -22,19 +24,22 @@ from typing import Any
 
 from torch import Tensor
 
+from layerwise.encoding.inputs import input_layout
 from layerwise.errors import InputError
 
 METHOD = "layerwise"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PLAIN_VERSION = 1  # written where no site needs more, so that older readers keep reading
 
 
 @dataclass(frozen=True)
 class StoredSite:
-    """The spec of an encoded weight, and how its module keeps it."""
+    """The spec of an encoded weight, how its module keeps it, and the spec of its inputs' grid."""
 
     spec: dict[str, Any]
     transposed: bool = False
     kernel: tuple[int, ...] | None = None
+    inputs: dict[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,10 +61,12 @@ def sites_config(sites: Mapping[str, StoredSite]) -> dict[str, Any]:
             "encoded": site.spec,
             **({"transposed": True} if site.transposed else {}),
             **({"kernel": list(site.kernel)} if site.kernel is not None else {}),
+            **({"inputs": site.inputs} if site.inputs is not None else {}),
         }
         for name, site in sorted(sites.items())
     }
-    return {"quant_method": METHOD, "format_version": FORMAT_VERSION, "sites": entries}
+    version = FORMAT_VERSION if any(site.inputs is not None for site in sites.values()) else PLAIN_VERSION
+    return {"quant_method": METHOD, "format_version": version, "sites": entries}
 
 
 def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
@@ -97,5 +104,25 @@ def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
             and shape[1] % math.prod(kernel) == 0
         ):
             raise InputError(f"the artifact's site {name} must have a kernel such as [3, 3] that divides its columns")
-        sites[name] = StoredSite(dict(spec), bool(entry.get("transposed", False)), tuple(kernel) if kernel else None)
+        inputs = entry.get("inputs")
+        if inputs is not None:
+            check_inputs(name, inputs, shape[1], version, kernel)
+        sites[name] = StoredSite(
+            dict(spec),
+            bool(entry.get("transposed", False)),
+            tuple(kernel) if kernel else None,
+            None if inputs is None else dict(inputs),
+        )
     return sites
+
+
+def check_inputs(site: str, inputs: object, columns: int, version: int, kernel: object) -> None:
+    """``InputError`` unless a site may have this grid for its inputs."""
+    if version < FORMAT_VERSION or kernel is not None or not isinstance(inputs, Mapping):
+        raise InputError(f"the artifact's site {site} cannot have quantized inputs in format version {version}")
+    try:
+        input_layout(inputs)
+    except InputError as reason:
+        raise InputError(f"the artifact's site {site}: {reason}") from None
+    if inputs.get("columns", columns) != columns:
+        raise InputError(f"the artifact's site {site} has {columns} inputs, but a grid for {inputs['columns']}")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.network.experts import Expert
+from layerwise.network.rotary_pairs import RotaryPairs
 from layerwise.network.sites import is_linear, is_transposed
 
 TOLERANCE = 1e-4  # of the block's own change to the hidden state, in float32
@@ -39,6 +40,7 @@ class BlockScope:
     parameters: relative name -> tensor, in the module's own layout.
     transposed: paths of linears whose weight lies ``[in, out]``.
     fit, judge: statistics per linear path.
+    rotary:      queries and keys between which a factor a pair of channels can be moved.
     """
 
     path: str
@@ -47,6 +49,7 @@ class BlockScope:
     fit: dict[str, SiteStatistics]
     judge: dict[str, SiteStatistics]
     folds: tuple[Fold, ...]
+    rotary: tuple[RotaryPairs, ...] = ()
 
     def weight(self, linear: str) -> Tensor:
         """``[out, in]``."""

@@ -78,13 +78,14 @@ def pack_sites(artifact: Artifact, module: nn.Module) -> None:
 
     from layerwise.network.transformers_quantizer import pack_modules, stored_layouts
 
-    pack_modules(module, artifact.sites, stored_layouts(artifact.checkpoint.tensors))
+    tensors = artifact.checkpoint.tensors
+    pack_modules(module, artifact.sites, stored_layouts(tensors), stored_layouts(tensors, "input"))
 
 
 def fill(artifact: Artifact, module: nn.Module) -> None:
     """Give every parameter and buffer its stored value; packed ones as stored, others in the module's own type."""
     modules = dict(module.named_modules())
-    packed = {n for site in artifact.sites for n in artifact.stored(site).values()}
+    packed = {n for site in artifact.sites for n in (*artifact.stored(site).values(), *artifact.stored_inputs(site))}
     for name in artifact.checkpoint.tensors:
         path, _, leaf = name.rpartition(".")
         owner, value = modules[path], artifact.checkpoint.read(name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.inputs import InputGrid
 from layerwise.network.network import Network
 
 Fetch = Callable[[], Encoded]
@@ -23,6 +24,7 @@ class Overlay:
     encoded:  site name -> a function that fetches its stored form (from memory or from disk).
     plain:    parameter name -> replacement, for parameters that a rewrite changed.
     exact:    leave everything else as the checkpoint has it (to measure one site alone).
+    inputs:   site name -> grid that its inputs are rounded to, where they are.
     """
 
     def __init__(
@@ -31,9 +33,15 @@ class Overlay:
         encoded: Mapping[str, Fetch],
         plain: Mapping[str, Tensor] | None = None,
         exact: bool = False,
+        inputs: Mapping[str, InputGrid] | None = None,
     ) -> None:
         self.network, self.encoded, self.plain, self.exact = network, encoded, plain or {}, exact
+        self.inputs: Mapping[str, InputGrid] = inputs or {}
         self.sites = {s.parameter: s for s in network.tree.sites if s.name in encoded}
+
+    def giving(self, inputs: Mapping[str, InputGrid]) -> Overlay:
+        """The same weights, multiplied by inputs on these grids."""
+        return Overlay(self.network, self.encoded, self.plain, self.exact, inputs)
 
     def read(self, parameter: str) -> Tensor:
         site = self.sites.get(parameter)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
+from layerwise.encoding.inputs import InputGrid, restore_inputs
 
 
 class Packed(nn.Module):
@@ -28,6 +29,7 @@ class Packed(nn.Module):
         super().__init__()
         self.spec = dict(spec)
         self.stored = {f"weight{suffix}": suffix for suffix in sorted(tensors)}
+        self.kept = list(self.stored)  # buffers that hold their stored type whatever the network is cast to
         for name, suffix in self.stored.items():
             self.register_buffer(name, tensors[suffix])
         # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
@@ -50,7 +52,7 @@ class Packed(nn.Module):
         return compute.dtype
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        packed = {name: self._buffers[name] for name in self.stored}
+        packed = {name: self._buffers[name] for name in self.kept}
         for name in packed:
             self._buffers[name] = None
         try:
@@ -81,17 +83,52 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """``y = x W^T + b`` from the stored form; ``W`` is ``[out, in]`` also where the dense module kept ``[in, out]``."""
+    """``y = x W^T + b`` from the stored form; ``W`` is ``[out, in]`` also where the dense module kept ``[in, out]``.
+
+    inputs:        spec of the grid that ``x`` is rounded to first, or None: ``x`` is multiplied as it is.
+    input_tensors: suffix of ``input`` -> what that grid stores.
+    """
 
     def __init__(
-        self, spec: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: nn.Parameter | None, dtype: torch.dtype
+        self,
+        spec: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        inputs: Mapping[str, Any] | None = None,
+        input_tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(spec, tensors, dtype)
         self.out_features, self.in_features = spec["shape"]
         self.bias = bias
+        self.input_spec = None if inputs is None else dict(inputs)
+        self.stored_inputs = {f"input{suffix}": suffix for suffix in sorted(input_tensors or {})}
+        self.kept += self.stored_inputs
+        for name, suffix in self.stored_inputs.items():
+            self.register_buffer(name, (input_tensors or {})[suffix])
+        self._grid: tuple[tuple[Tensor, ...], InputGrid] | None = None
+
+    @property
+    def inputs(self) -> InputGrid | None:
+        """The grid over the present buffers; raises ``InputError`` if they do not fit its spec."""
+        if self.input_spec is None:
+            return None
+        buffers = tuple(self._buffers[name] for name in self.stored_inputs)
+        if self._grid is None or any(a is not b for a, b in zip(self._grid[0], buffers, strict=True)):
+            tensors = {suffix: self._buffers[name] for name, suffix in self.stored_inputs.items()}
+            self._grid = buffers, restore_inputs(self.input_spec, tensors)  # type: ignore[arg-type, assignment]
+        return self._grid[1]  # type: ignore[index]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_grid": None}
+
+    def extra_repr(self) -> str:
+        given = "" if self.input_spec is None else f", inputs: {self.input_spec['form']} {self.input_spec['bits']} bits"
+        return super().extra_repr() + given
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.encoded.multiply(x)
+        grid = self.inputs
+        y = self.encoded.multiply(x if grid is None else grid.rounded(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layerwise.errors import InputError
-from layerwise.network.artifact_config import FORMAT_VERSION, METHOD, StoredSite, parse_sites, sites_config
+from layerwise.network.artifact_config import METHOD, PLAIN_VERSION, StoredSite, parse_sites, sites_config
 from layerwise.network.expert_names import open_stored_experts, own_conversions
 from layerwise.network.packed import Packed, PackedConv, PackedEmbedding, PackedHead, PackedLinear
 from layerwise.network.safetensors_file import TensorInfo, read_header
@@ -30,7 +31,7 @@ class LayerwiseConfig(QuantizationConfigMixin):
 
     def __init__(self, sites: Mapping[str, Any] | None = None, **values: Any) -> None:
         self.quant_method = METHOD
-        self.format_version = values.get("format_version", FORMAT_VERSION)
+        self.format_version = values.get("format_version", PLAIN_VERSION)
         self.sites = copy.deepcopy(dict(sites or {}))
         self.stored()
 
@@ -59,11 +60,12 @@ class LayerwiseQuantizer(HfQuantizer):
         tensors = {name: i for file in checkpoint_files for name, i in read_header(Path(file))[0].items()}
         self.opened, self.stored_names = open_stored_experts(model, tensors), list(tensors)
         ties = expanded_ties(model)
-        sites = pack_modules(model, self.quantization_config.stored(), stored_layouts(tensors))
+        layouts = stored_layouts(tensors), stored_layouts(tensors, "input")
+        sites = pack_modules(model, self.quantization_config.stored(), *layouts)
         tie_packed_heads(model, ties)
         # Under the paths of this model, so that save_pretrained writes what from_pretrained will find.
         self.quantization_config = LayerwiseConfig(**sites_config(sites))
-        self.packed = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Packed) for b in m.stored}
+        self.packed = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Packed) for b in m.kept}
         prefix = getattr(model, "base_model_prefix", "") + "."
         packed = {name.removeprefix(prefix) for name in self.packed}
         rest = [info for name, info in tensors.items() if name.removeprefix(prefix) not in packed]
@@ -100,6 +102,7 @@ class LayerwiseQuantizer(HfQuantizer):
             if isinstance(module, Packed):
                 try:
                     _ = module.encoded
+                    _ = getattr(module, "inputs", None)
                 except InputError as reason:
                     raise InputError(f"the artifact's site {name} cannot be restored: {reason}") from None
         return model
@@ -126,18 +129,23 @@ Layouts = Mapping[str, Mapping[str, TensorInfo]]
 """Site -> suffix -> stored tensor."""
 
 
-def stored_layouts(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, TensorInfo]]:
-    """What is stored under ``<site>.weight`` and its suffixes."""
+def stored_layouts(tensors: Mapping[str, TensorInfo], part: str = "weight") -> dict[str, dict[str, TensorInfo]]:
+    """What is stored under ``<site>.weight``, or another ``part``, and its suffixes."""
     found: dict[str, dict[str, TensorInfo]] = {}
     for name, info in tensors.items():
-        site, dot, suffix = name.rpartition(".weight")
+        site, dot, suffix = name.rpartition(f".{part}")
         if dot and (not suffix or suffix.startswith("_")):
             found.setdefault(site, {})[suffix] = info
     return found
 
 
-def pack_modules(model: nn.Module, sites: Mapping[str, StoredSite], layouts: Layouts) -> dict[str, StoredSite]:
-    """Replace the module of every site that this model has; returns these sites under their paths in the model."""
+def pack_modules(
+    model: nn.Module, sites: Mapping[str, StoredSite], layouts: Layouts, inputs: Layouts = MappingProxyType({})
+) -> dict[str, StoredSite]:
+    """Replace the module of every site that this model has; returns these sites under their paths in the model.
+
+    layouts, inputs: what is stored of every site's weight, and of the grid of its inputs.
+    """
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "") + "."
     configured = getattr(getattr(model, "config", None), "dtype", None)
@@ -151,14 +159,24 @@ def pack_modules(model: nn.Module, sites: Mapping[str, StoredSite], layouts: Lay
         layout = next((layouts[n] for n in names if n in layouts), None)
         if layout is None:
             raise InputError(f"the artifact's weights hold nothing for its site {name}")
-        empty = {suffix: torch.empty(i.shape, dtype=i.dtype, device="meta") for suffix, i in layout.items()}
-        model.set_submodule(path, packed_like(modules[path], site, empty, dtype, path))
+        given = next((inputs[n] for n in names if n in inputs), {}) if site.inputs is not None else {}
+        packed = packed_like(modules[path], site, empty_tensors(layout), dtype, path, empty_tensors(given))
+        model.set_submodule(path, packed)
         placed[path] = site
     return placed
 
 
+def empty_tensors(layout: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    return {suffix: torch.empty(i.shape, dtype=i.dtype, device="meta") for suffix, i in layout.items()}
+
+
 def packed_like(
-    module: nn.Module, site: StoredSite, tensors: Mapping[str, Tensor], dtype: torch.dtype, path: str
+    module: nn.Module,
+    site: StoredSite,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    path: str,
+    input_tensors: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Packed:
     """The packed module that stands for a dense one; raises ``InputError`` where it would compute something else."""
     weight: Tensor = module.weight  # type: ignore[assignment]
@@ -166,13 +184,16 @@ def packed_like(
     if list(site.shape) != shape:
         raise InputError(f"site {path} is stored as {site.spec.get('shape')}, but the network's weight is {shape}")
     kind = type(module)
+    linear = (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward) or kind.__name__ == "Conv1D"
+    if site.inputs is not None and not linear:
+        raise InputError(f"site {path} is a {kind.__name__}, whose inputs cannot be quantized")
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", None))
         if kind.forward is not nn.Embedding.forward and not isinstance(scale, (int, float)):
             raise InputError(f"site {path} is a {kind.__name__}, whose look-up layerwise does not know")
         packed: Packed = PackedEmbedding(site.spec, tensors, dtype, module.padding_idx, scale)
-    elif (isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward) or kind.__name__ == "Conv1D":
-        packed = PackedLinear(site.spec, tensors, module.bias, dtype)  # type: ignore[arg-type]
+    elif linear:
+        packed = PackedLinear(site.spec, tensors, module.bias, dtype, site.inputs, input_tensors)  # type: ignore[arg-type]
     elif is_convolution(module):
         packed = PackedConv(site.spec, tensors, module, dtype)  # type: ignore[arg-type]
     else:

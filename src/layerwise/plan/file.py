@@ -2,6 +2,7 @@
 
     {"format": "layerwise-plan", "version": 1,
      "network":   {"name": …, "fingerprint": …, "parameters": dense parameters},
+     "activations": "token_int:bits=8",   (only where inputs of linears are quantized)
      "budget":    {"asked": "4.5bpw", "bytes": 12345},
      "predicted": {"bytes": exact size of the file, "damage": …, "loss": the damage's unit},
      "blocks":    {block: label of the alternative},
@@ -25,7 +26,7 @@ from layerwise.errors import InputError, nearest
 from layerwise.plan.neighbours import Step, all_neighbours
 from layerwise.plan.reading import MANY, Reader, read_json
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum
-from layerwise.recipe import canonical, surgery
+from layerwise.recipe import canonical, parse_activations, surgery
 
 FORMAT = "layerwise-plan"
 VERSION = 1
@@ -73,6 +74,7 @@ class PlanFile:
     predicted: Predicted
     blocks: dict[str, str]
     sites: dict[str, PlanSite]
+    activations: str | None = None
 
     def check_against(self, sites: Iterable[str]) -> None:
         """Raise ``InputError`` unless the plan names exactly these sites."""
@@ -123,8 +125,9 @@ def make_plan(
     budget: PlanBudget,
     predicted: Predicted,
     parameters: Mapping[str, int],
+    activations: str | None = None,
 ) -> PlanFile:
-    """The plan file of an allocation; ``parameters`` are the weights of each site."""
+    """The plan file of an allocation; ``parameters`` are the weights of each site, ``activations`` the setting."""
     around = all_neighbours(tree, allocation)
     sites = {
         name: PlanSite(
@@ -138,7 +141,7 @@ def make_plan(
         )
         for name, c in allocation.sites.items()
     }
-    return PlanFile(network, budget, predicted, dict(allocation.choices), sites)
+    return PlanFile(network, budget, predicted, dict(allocation.choices), sites, activations)
 
 
 def write_plan(path: str | os.PathLike[str], plan: PlanFile) -> None:
@@ -152,6 +155,8 @@ def write_plan(path: str | os.PathLike[str], plan: PlanFile) -> None:
 def plan_text(plan: PlanFile) -> str:
     head = {"format": FORMAT, "version": VERSION}
     parts = {**head, **{key: asdict(getattr(plan, key)) for key in ("network", "budget", "predicted")}}
+    if plan.activations is not None:
+        parts["activations"] = plan.activations
     lines = [f" {_json(key)}: {_json(value)}," for key, value in parts.items()]
     lines.append(f' "blocks": {_lines({k: _json(v) for k, v in plan.blocks.items()})},')
     lines.append(f' "sites": {_lines({k: _json(asdict(v)) for k, v in plan.sites.items()})}')
@@ -168,7 +173,7 @@ def read_plan(path: str | os.PathLike[str]) -> PlanFile:
         raise InputError(
             f"the plan has version {version}, this layerwise reads up to {VERSION}; install a newer layerwise"
         )
-    top.only("format", "version", "network", "budget", "predicted", "blocks", "sites")
+    top.only("format", "version", "network", "budget", "predicted", "blocks", "sites", "activations")
     network, budget, predicted = top.inner("network"), top.inner("budget"), top.inner("predicted")
     network.only("name", "fingerprint", "parameters")
     budget.only("asked", "bytes")
@@ -181,7 +186,15 @@ def read_plan(path: str | os.PathLike[str]) -> PlanFile:
         Predicted(predicted.whole("bytes", 0), predicted.number("damage", 0.0), predicted.text("loss")),
         {block: blocks.text(block) for block in blocks.value},
         {site: _site(sites.inner(site), recipes) for site in sites.value},
+        _activations(top) if "activations" in top.value else None,
     )
+
+
+def _activations(top: Reader) -> str:
+    try:
+        return str(parse_activations(top.text("activations")))
+    except InputError as error:
+        raise InputError(f"the plan has an impossible setting of activations: {error}") from None
 
 
 def _site(entry: Reader, recipes: dict[str, str]) -> PlanSite:
