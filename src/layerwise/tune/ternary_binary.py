@@ -48,7 +48,7 @@ class TernaryBinary(Tuner):
     def touches(self, encoded: Encoded) -> bool:
         from layerwise.encoding.integer import GroupedInteger
 
-        return isinstance(encoded, GroupedInteger) and encoded.grid.bits == 2
+        return isinstance(encoded, GroupedInteger) and encoded.grid.bits == 2 and not encoded.grid.float_scale
 
     def passes(self) -> int:
         return self.steps
