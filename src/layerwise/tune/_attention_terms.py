@@ -69,10 +69,11 @@ def attended_loss(scope: TunedScope, weights: Mapping[str, Tensor], part: int, m
     Raises ``InputError`` for a network that calls no attention.
     """
     assert isinstance(scope, TunedNetwork)
-    wanted = maps > 0 or entropy > 0
+    target, wanted = scope.target(part), maps > 0 or entropy > 0
     with watching_attention(wanted) as mine:
-        losses, terms = scope.losses(weights, part)
-    mean = losses / terms
+        found = scope.forward(weights, part)
+    losses = scope.distances(target, found)
+    mean = losses.sum() / len(losses)
     if not wanted:
         return mean
     if not mine:
