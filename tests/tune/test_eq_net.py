@@ -111,6 +111,6 @@ def test_the_penalty_makes_latents_flatter() -> None:
 def test_zero_steps_and_impossible_widths() -> None:
     found = EqNet(steps=0).tune(classifier())
     assert found.encoded == {} and found.before == found.after
-    assert EqNet().passes() == 150
+    assert EqNet().passes() == 90
     with pytest.raises(InputError, match="highest must be at least lowest"):
         EqNet(lowest=5, highest=4)

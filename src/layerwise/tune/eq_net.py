@@ -55,7 +55,7 @@ class EqNet(Tuner):
 
     scope = "network"
 
-    steps: int = option(50, minimum=0, maximum=1_000_000, help="steps of Adam, of three networks each")
+    steps: int = option(30, minimum=0, maximum=1_000_000, help="steps of Adam, of three networks each")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
     rate: float = option(0.01, minimum=0, maximum=10, help="of the weights, in levels of the plan's grid")
     grid: float = option(0.002, minimum=0, maximum=1, help="of the steps, as a share of where they started; 0 = fixed")
