@@ -89,7 +89,8 @@ class EqNet(Tuner):
         def backward(learned: Mapping[str, Elastic], part: int) -> None:
             sandwich(scope, learned, part, drawn)
             if self.shape:
-                (self.shape * shape_penalty(at.latent() for at in learned.values())).backward()  # type: ignore[no-untyped-call]
+                penalty = self.shape * shape_penalty(at.latent() for at in learned.values())
+                penalty.backward()  # type: ignore[no-untyped-call]
 
         widths = range(self.lowest, self.highest + 1)
 
