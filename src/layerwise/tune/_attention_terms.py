@@ -77,7 +77,9 @@ def attended_loss(scope: TunedScope, weights: Mapping[str, Tensor], part: int, m
     if not wanted:
         return mean
     if not mine:
-        raise InputError("edgeqat tunes towards attention maps, and this network has no attention; use --tune lsq")
+        raise InputError(
+            "edgeqat tunes towards attention maps, and this network has no attention that can be seen; use --tune lsq"
+        )
     with torch.no_grad(), watching_attention(True) as theirs:
         scope.forward({path: scope.weights[path] for path in weights}, part)
     if maps:

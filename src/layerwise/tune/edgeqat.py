@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 @technique(paper="EdgeQAT")
 class Edgeqat(Tuner):
-    """Trained rounding that also keeps attention maps and the spread of queries and keys."""
+    """Trained rounding that keeps attention maps and the spread of queries and keys: of weights, not of activations."""
 
     scope = "network"
 

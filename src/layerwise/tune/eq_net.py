@@ -51,7 +51,7 @@ SANDWICH = 3  # networks a step
 
 @technique(paper="EQ-Net")
 class EqNet(Tuner):
-    """One set of latent weights trained under all widths at once; the plan's widths are stored."""
+    """One set of latent weights trained under all widths at once, of which the plan's are stored; no activations."""
 
     scope = "network"
 
