@@ -26,10 +26,11 @@ given fewer bits by the attention that they receive from the first one. That is 
 done; what is tuned here is what rounded weights alone do to the maps.
 
 Measured on ``examples/docs-lm``, int8 tables, groups of 64, 32 sequences of 128 tokens, round to nearest, 100 steps,
-two seeds: KL to the dense network on held-out text 0.0208 -> 0.0162 at 4 bits, 0.0866 -> 0.0671 at 3, 0.426 -> 0.294 at 2
-(SIGNROUND in 200 steps, block by block: 0.0171, 0.0651, 0.277). Against LSQ, at 2 bits and one seed: 0.296 with both
-terms and 0.300 without, for a quarter more time; of 0.427 that the rounding costs, the terms give back next to nothing.
-So few sequences are learned by heart (their own KL ends at 0.050 either way), which no term on attention prevents.
+two seeds: KL to the dense network on held-out text 0.0208 -> 0.0162 at 4 bits, 0.0866 -> 0.0671 at 3, 0.426 -> 0.294
+at 2 (SIGNROUND in 200 steps, block by block: 0.0171, 0.0651, 0.277). Against LSQ, at 2 bits and one seed: 0.296 with
+both terms and 0.300 without, for a quarter more time; of the 0.427 that rounding costs, the terms give back next to
+nothing. So few sequences are learned by heart (their own KL ends at 0.050 either way), and no term on attention
+prevents that.
 """
 
 from __future__ import annotations
