@@ -28,6 +28,19 @@ take its place). Choices of ours: the start is what an encoder gave, not a float
 stands for labels; the zeros are not learned; grids of other widths start from a search over clipped ranges by squared
 error; Adam divides a gradient's size out, so that gradients are not clipped by value. No norm of ours counts batches,
 so nothing is calibrated again.
+
+Measured on ``examples/docs-lm``, int8 tables, groups of 64, 32 sequences of 128 tokens, round to nearest, 30 steps, two
+seeds: KL to the dense network on held-out text 0.426 -> 0.338 at 2 bits; at 3 and 4 bits no state was better than the
+start on the sequences it trains on, so the start was kept. One set of latents at all widths, one seed, the state after
+the last step, beside rounding to nearest in the same grids' sizes:
+
+    bits                          2        3        4        8
+    round to nearest              0.427    0.0866   0.0210   0.00015
+    tuned on a plan of 2 bits     0.340    0.119    0.0590   0.0445
+    tuned on a plan of 4 bits     0.372    0.0970   0.0309   0.0140
+
+A negative result: what is learned in a few steps serves the fewest bits and is paid for by all others, 8 bits most,
+where rounding alone costs nothing. The paper trains for 120 epochs. For one plan LSQ, with as many passes, is better.
 """
 
 from __future__ import annotations
