@@ -37,32 +37,40 @@ def fit(
     scope: TunedScope,
     learn: Callable[[Encoded, Tensor], S],
     descend: Callable[[Mapping[str, S], float], None],
+    backward: Callable[[Mapping[str, S], int], None] | None = None,
+    passes: int = 1,
 ) -> Tuned:
-    """Tune what ``tuner`` touches in ``tuner.passes()`` steps.
+    """Tune what ``tuner`` touches in ``tuner.passes()`` passes through the scope.
 
-    learn:   a linear's stored form and its dense matrix -> the state to start from.
-    descend: (states whose gradients are known, share of the steps that is over) -> one step; forgets the gradients.
+    learn:    a linear's stored form and its dense matrix -> the state to start from.
+    descend:  (states whose gradients are known, share of the steps that is over) -> one step; forgets the gradients.
+    backward: (states, part) -> gradients of what one step is to lower; of the scope's mean loss there if None.
+    passes:   how many of them one step takes.
 
     The start is among the states of which the best is kept, so the error never ends above where it began.
     """
     given = {path: form for path, form in scope.encoded.items() if tuner.touches(form)}
     before = least = scope.error(given)
-    steps, best = tuner.passes(), given
+    steps, best = tuner.passes() // passes, given
     if not given or not steps or not scope.parts:
         return Tuned({}, before, before)
     learned = {path: learn(form, scope.weights[path]) for path, form in given.items()}
     look = max(1, steps // LOOKS)
     for step, part in enumerate(draws(scope.parts, steps, scope.seed)):
         with torch.enable_grad():
-            losses, terms = scope.losses({path: at.weight() for path, at in learned.items()}, part)
-            (losses / terms).backward()  # type: ignore[no-untyped-call]
+            if backward is not None:
+                backward(learned, part)
+            else:
+                losses, terms = scope.losses({path: at.weight() for path, at in learned.items()}, part)
+                (losses / terms).backward()  # type: ignore[no-untyped-call]
         descend(learned, step / steps)
         if (step + 1) % look == 0 or step + 1 == steps:
             found: dict[str, Encoded] = {path: at.encoded() for path, at in learned.items()}
             error = scope.error(found)
             if error < least:
                 best, least = found, error
-        scope.advance()
+        for _ in range(passes):
+            scope.advance()
     return Tuned({path: form for path, form in best.items() if form is not given[path]}, before, least)
 
 

@@ -53,7 +53,7 @@ class Quest(Tuner):
     def touches(self, encoded: Encoded) -> bool:
         from layerwise.encoding.integer import GroupedInteger
 
-        return isinstance(encoded, GroupedInteger)
+        return isinstance(encoded, GroupedInteger) and not encoded.grid.float_scale
 
     def passes(self) -> int:
         return self.steps

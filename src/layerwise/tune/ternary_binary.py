@@ -21,7 +21,10 @@ attention maps to the KL of the outputs; ours is the output's alone. Left out: b
 holds one bit, and the learned scales of 1, 2 and 8 bit activations, which stay at 16 bits; tables are not trained.
 Adam with half a cosine, and no labels, as in the paper.
 
-Not yet measured on a real network: the comparison that counts needs a stored form of three levels to start from.
+Measured on ``examples/docs-lm``, int8 tables, groups of 64, 32 sequences of 128 tokens, round to nearest at 2 bits, 100
+steps, two seeds: the loss on the sequences it trains on falls below the start's, and KL on held-out text rises from
+0.426 to 0.553, a negative result. Three levels learn 32 sequences by heart and pay for it elsewhere; with so few the
+state that is kept should be chosen on others. The comparison that counts starts from a stored form of three levels.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ class TernaryBinary(Tuner):
     def touches(self, encoded: Encoded) -> bool:
         from layerwise.encoding.integer import GroupedInteger
 
-        return isinstance(encoded, GroupedInteger) and encoded.grid.bits == 2
+        return isinstance(encoded, GroupedInteger) and encoded.grid.bits == 2 and not encoded.grid.float_scale
 
     def passes(self) -> int:
         return self.steps
