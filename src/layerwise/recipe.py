@@ -12,6 +12,7 @@ from typing import Any
 
 from layerwise.errors import InputError, nearest
 from layerwise.technique import (
+    Blueprint,
     Encoder,
     Probe,
     Rewrite,
@@ -105,6 +106,17 @@ def parse_tuner(text: str) -> Tuner:
         raise InputError(
             f"{found.name} is no tuner, it cannot be run on a finished plan; write --tune {names(Tuner)[0]}"
         )
+    return found
+
+
+def parse_blueprint(text: str) -> Blueprint:
+    """``osp:projections=false`` -> a blueprint; another kind of technique, or none, names the blueprints there are."""
+    name = text.partition(":")[0].strip().replace("-", "_")
+    if name not in (known := names(Blueprint)):
+        what = "is no blueprint" if name in technique_files() else "does not exist"
+        raise InputError(f"the blueprint {name!r} {what}; the blueprints are {', '.join(known)}")
+    found = parse_technique(text)
+    assert isinstance(found, Blueprint)
     return found
 
 

@@ -1,0 +1,96 @@
+"""TriLM: a language model that is ternary from its first step, beside the float model it is matched with.
+
+Every linear inside the blocks keeps a latent W [out, in] in float32 and multiplies by
+
+    W~ = a t,    t = round(clip(W / a, -1, 1)),    a = 1e-5 + mean |W| over the whole matrix, without a gradient
+    dL/dW = dL/dW~ (straight through),    dL/dx = W~^T dL/dy
+
+Activations stay float, which is the difference from BitNet b1.58. Table, head and norms stay float. a is rounded to
+fp16 before it is used, so the packed network computes bit for bit what training did; once training is over the latent
+weights are dropped. The form ``ternary`` writes a once a row, 16 / n bits a weight that the paper does not pay.
+
+Schedule: warm-up, then linear decay to zero; half-way the peak rate falls once to ``drop`` of it (the paper's 99M
+model: 2.4e-3 -> 1.5e-3), and at two thirds of the run weight decay is taken away. ``ternary=false`` is FloatLM: the
+same network, the same batches and the same first weights in float, with the paper's cosine and constant decay.
+
+Source: A. Kaushal et al., "Spectra", arXiv 2407.12327. Left open by the paper, chosen here: rounding half to even;
+rates, which it gives for 99M parameters and more; the float model's rate is its own best of 1, 3, 6 and 10 e-3, and the
+ternary model's of 3, 6, 12 and 20 e-3 (``rate=0`` takes them). Tensor parallelism gives the paper 1 to 6 scales a
+matrix; here there is one.
+
+The paper trains 99M to 3.9B parameters on 300B tokens. Nothing of that scale is reproduced here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from layerwise.technique import Blueprint, option, technique
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+    from layerwise.blueprints.decoder import Size
+    from layerwise.blueprints.finished import Finished
+
+TERNARY_RATE, FLOAT_RATE = 0.012, 0.006
+DECAY_ENDS = 2 / 3  # of the run
+
+
+@technique(paper="Spectra")
+class Trilm(Blueprint):
+    """A Llama-like decoder whose linears are ternary from the first step of training."""
+
+    rivals: ClassVar[tuple[str, ...]] = ("ternary=false",)
+    rounded: ClassVar[tuple[str, ...]] = (
+        "gptq:bits=4,group=64",
+        "gptq:bits=3,group=64",
+        "gptq:bits=2,group=64",
+        "ternary:group=0",
+    )
+
+    ternary: bool = option(True, help="three levels; false trains the float model of the same shape")
+    rate: float = option(0.0, minimum=0, maximum=1, help="peak learning rate; 0 takes 0.012, or 0.006 for float")
+    drop: float = option(0.625, minimum=0, maximum=1, help="share of the peak rate that is left from half-way on")
+    decay: float = option(0.1, minimum=0, maximum=10, help="weight decay")
+    keep_decay: bool = option(False, help="do not take weight decay away at two thirds of the run")
+
+    def parameters(self, size: Size) -> int:
+        from layerwise.blueprints.decoder import plain_parameters
+
+        return plain_parameters(size)
+
+    def build(self, size: Size, seed: int) -> Module:
+        from layerwise.blueprints._ternary import TernaryLinear
+        from layerwise.blueprints.decoder import drawn_decoder, inner_linears, replace_module
+
+        module = drawn_decoder(size, seed)
+        if self.ternary:
+            for name, linear in inner_linears(module).items():
+                replace_module(module, name, TernaryLinear(linear.weight))
+        return module
+
+    def optimisers(self, module: Module) -> tuple[Optimizer, ...]:
+        from layerwise.blueprints._optimisers import adam
+
+        rate = self.rate or (TERNARY_RATE if self.ternary else FLOAT_RATE)
+        return (adam(module.parameters(), rate, self.decay),)
+
+    def pace(self, share: float) -> tuple[float, float]:
+        from layerwise.blueprints._optimisers import cosine, warmed
+
+        if not self.ternary:
+            return warmed(share) * cosine(share), 1.0
+        dropped = self.drop if share >= 0.5 else 1.0
+        return warmed(share) * (1 - share) * dropped, float(self.keep_decay or share < DECAY_ENDS)
+
+    def finish(self, module: Module) -> Finished:
+        from layerwise.blueprints._ternary import TernaryLinear
+        from layerwise.blueprints.decoder import filled_decoder, size_of
+        from layerwise.blueprints.finished import Finished
+
+        state = module.state_dict()
+        encoded = {f"{n}.weight": m.encoded() for n, m in module.named_modules() if isinstance(m, TernaryLinear)}
+        state.update({name: form.decode() for name, form in encoded.items()})
+        return Finished(filled_decoder(size_of(module), state), encoded)
