@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+from layerwise.blueprint_trials import blueprint_trials
 from layerwise.calibrate.passes import forward
 from layerwise.compress import start
 from layerwise.engine.machine import versions
@@ -26,13 +27,14 @@ from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.probe_trials import probe_trials
 from layerwise.recipe import parse_technique
-from layerwise.technique import NetworkRewrite, Probe, Technique, find
+from layerwise.technique import Blueprint, NetworkRewrite, Probe, Technique, find
 from layerwise.trials import ROLES as BY_LOSS
 from layerwise.trials import Ground, Trial
 from layerwise.wanted import wanted_of
 from layerwise.whole_trials import accepts, network_rewrite_trials
 
 ROLES = {**BY_LOSS, NetworkRewrite.role: network_rewrite_trials, Probe.role: probe_trials}
+ROLES[Blueprint.role] = blueprint_trials
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
@@ -97,7 +99,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     made, command = versions(), asked.command()
     rows = tuple(
         Row(
-            network=network,
+            network=(found[0][0].figures.network if found[0][0].figures else "") or network,
             data=data,
             metric=found[0][0].figures.metric if found[0][0].figures else metric,
             setting=found[0][0].setting.recipe,

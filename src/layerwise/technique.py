@@ -43,9 +43,10 @@ if TYPE_CHECKING:
     from layerwise.probe.measurement import Measurement
     from layerwise.tune.scope import Tuned, TunedScope
 
-FAMILIES = tuple(
-    "quantize prune factorize depth normalize merge tune distill nas sensitivity plan probe blueprints".split()
-)  # noqa: SIM905
+FAMILIES = (
+    *("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas"),
+    *("sensitivity", "plan", "probe", "blueprints"),
+)
 
 # What a technique may ask to have measured at its site (``needs``).
 SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]

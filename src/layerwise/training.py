@@ -62,7 +62,6 @@ class Corpus:
     tokenizer: PreTrainedTokenizerFast
     train: Tensor
     held_out: Tensor
-    sources: tuple[str, str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,15 +227,20 @@ def read_corpus(text: str, evaluate: str | None, vocabulary: int, length: int) -
     else:
         held = read_text(evaluate)
         refuse_overlap(source, held)
-    tokenizer = make_tokenizer(list(source.lines), vocabulary)
-    ids = [_ids(tokenizer, found.lines) for found in (source, held)]
-    for found, which in zip(ids, ("training", "held-out"), strict=True):
-        if len(found) <= length + 1:
+    return make_corpus(source, held, vocabulary, length)
+
+
+def make_corpus(text: Text, held_out: Text, vocabulary: int, length: int) -> Corpus:
+    """Tokenise both texts with a tokenizer of the first."""
+    tokenizer = make_tokenizer(list(text.lines), vocabulary)
+    ids = [_ids(tokenizer, found.lines) for found in (text, held_out)]
+    for tokens, which, found in zip(ids, ("training", "held-out"), (text, held_out), strict=True):
+        if len(tokens) <= length + 1:
             raise InputError(
-                f"{source.source} gives {len(found)} tokens of {which} text, and a window takes {length + 1}; "
+                f"{found.source} gives {len(tokens)} tokens of {which} text, and a window takes {length + 1}; "
                 f"give more text or a smaller --length"
             )
-    return Corpus(tokenizer, ids[0], ids[1], (source.source, held.source))
+    return Corpus(tokenizer, ids[0], ids[1])
 
 
 def make_tokenizer(lines: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:

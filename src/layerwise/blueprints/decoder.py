@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,7 @@ def filled_decoder(size: Size, state: dict[str, Tensor]) -> LlamaForCausalLM:
 
 def size_of(module: nn.Module) -> Size:
     """The size of a decoder that was built here."""
-    c = module.config
+    c: Any = module.config
     return Size(
         c.vocab_size, c.hidden_size, c.intermediate_size, c.num_hidden_layers, c.num_attention_heads,
         c.max_position_embeddings,

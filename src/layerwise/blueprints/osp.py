@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from layerwise.blueprints.finished import Finished
 
 PROJECTION_SEED = 1 << 20  # apart from the seeds of the weights, so that variants share those
+MUON_RATE, ADAM_RATE = 0.006, 0.003
 
 
 @technique(paper="OSP")
@@ -51,7 +52,7 @@ class Osp(Blueprint):
     optimiser: str = option("muon", choices=("muon", "adam"), help="of the matrices inside")
     single_scale: bool = option(True, help="norms with one gain instead of one a channel")
     projections: bool = option(True, help="trained matrices beside table and head, folded at the end")
-    rate: float = option(0.006, minimum=0, maximum=1, help="peak learning rate")
+    rate: float = option(0.0, minimum=0, maximum=1, help="peak learning rate; 0 takes 0.006, or 0.003 for adam alone")
     decay: float = option(0.1, minimum=0, maximum=10, help="weight decay")
 
     def parameters(self, size: Size) -> int:
@@ -82,13 +83,14 @@ class Osp(Blueprint):
     def optimisers(self, module: Module) -> tuple[Optimizer, ...]:
         from layerwise.blueprints._optimisers import adam, muon
 
+        rate = self.rate or (MUON_RATE if self.optimiser == "muon" else ADAM_RATE)
         if self.optimiser == "adam":
-            return (adam(module.parameters(), self.rate, self.decay),)
+            return (adam(module.parameters(), rate, self.decay),)
         named = list(module.named_parameters())
         matrices = [p for n, p in named if p.dim() == 2 and (".layers." in n or n.endswith("projection"))]
         inside = {id(p) for p in matrices}
         rest = [p for _, p in named if id(p) not in inside]
-        return muon(matrices, self.rate, self.decay), adam(rest, self.rate, self.decay)
+        return muon(matrices, rate, self.decay), adam(rest, rate, self.decay)
 
     def pace(self, share: float) -> tuple[float, float]:
         from layerwise.blueprints._optimisers import cosine, warmed

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from layerwise.blueprints.decoder import Size
     from layerwise.blueprints.finished import Finished
 
-TERNARY_RATE, FLOAT_RATE = 0.012, 0.006
+TERNARY_RATE, FLOAT_RATE = 0.006, 0.003
 DECAY_ENDS = 2 / 3  # of the run
 
 
@@ -42,18 +42,19 @@ DECAY_ENDS = 2 / 3  # of the run
 class Trilm(Blueprint):
     """A Llama-like decoder whose linears are ternary from the first step of training."""
 
-    rivals: ClassVar[tuple[str, ...]] = ("ternary=false",)
+    rivals: ClassVar[tuple[str, ...]] = ("ternary=false,schedule=cosine",)
     rounded: ClassVar[tuple[str, ...]] = (
         "gptq:bits=4,group=64",
         "gptq:bits=3,group=64",
         "gptq:bits=2,group=64",
-        "ternary:group=0",
+        "ternary:group=0,feedback=true",
     )
 
     ternary: bool = option(True, help="three levels; false trains the float model of the same shape")
-    rate: float = option(0.0, minimum=0, maximum=1, help="peak learning rate; 0 takes 0.012, or 0.006 for float")
+    rate: float = option(0.0, minimum=0, maximum=1, help="peak learning rate; 0 takes 0.006, or 0.003 for float")
     drop: float = option(0.625, minimum=0, maximum=1, help="share of the peak rate that is left from half-way on")
     decay: float = option(0.1, minimum=0, maximum=10, help="weight decay")
+    schedule: str = option("dropping", choices=("dropping", "cosine"), help="cosine: half a cosine, constant decay")
     keep_decay: bool = option(False, help="do not take weight decay away at two thirds of the run")
 
     def parameters(self, size: Size) -> int:
@@ -80,7 +81,7 @@ class Trilm(Blueprint):
     def pace(self, share: float) -> tuple[float, float]:
         from layerwise.blueprints._optimisers import cosine, warmed
 
-        if not self.ternary:
+        if self.schedule == "cosine":
             return warmed(share) * cosine(share), 1.0
         dropped = self.drop if share >= 0.5 else 1.0
         return warmed(share) * (1 - share) * dropped, float(self.keep_decay or share < DECAY_ENDS)
