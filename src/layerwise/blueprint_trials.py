@@ -7,7 +7,7 @@ network: tables, head and norms in fp16, linears as they are stored.
 trained in a stored form   as it ships, at each width, against the rival at the same width in fp16; the wide one
                            against the narrow rival in fp16, which is about as large; and against the rival rounded
                            after training by each of ``rounded``
-trained dense              against the rival at the wide width: held-out loss; kurtosis of the hidden states (the
+trained dense              against the rival at the narrow width: held-out loss; kurtosis of the hidden states (the
                            largest of all blocks' outputs, and the mean over what the linears read; 3 for a Gaussian);
                            and the rise of the loss when the linears are rounded, alone and with their inputs rounded
                            to 4 bits per token
@@ -112,7 +112,7 @@ def trials_of(shop: Workshop) -> list[Trial]:
     rivals = [_with(shop.technique, options) for options in blueprint.rivals]
     if not rivals or mine in rivals:  # a setting without the blueprint's ideas has nothing left to be held against
         rivals = [str(parse_blueprint(blueprint.name))]
-    packed = bool(shop.network(mine, shop.study.widths[1]).encoded)
+    packed = bool(shop.network(mine, shop.study.widths[0]).encoded)
     of_one = packed_trials if packed else dense_trials
     return [trial for rival in rivals for trial in of_one(shop, mine, rival, blueprint.rounded)]
 
@@ -135,7 +135,7 @@ def packed_trials(shop: Workshop, mine: str, rival: str, recipes: tuple[str, ...
 
 def dense_trials(shop: Workshop, mine: str, rival: str, recipes: tuple[str, ...]) -> list[Trial]:
     """How well two dense networks were trained, how heavy the tails of their states are, what rounding costs them."""
-    width = shop.study.widths[1]
+    width = shop.study.widths[0]
     figures: dict[str, list[tuple[str, float, int]]] = {}
     for setting in (mine, rival):
         found = shop.network(setting, width)

@@ -49,6 +49,7 @@ def save_plain(finished: Finished, tokenizer: Any, folder: Path) -> int:
     layout: FileLayout = {n: (p.dtype, tuple(p.shape)) for n, p in parameters.items()}
     config = network.config.to_diff_dict()
     config |= {"architectures": [type(network).__name__], "dtype": "float16"}
+    folder.mkdir(parents=True, exist_ok=True)
     size = safetensors_file.write(folder / WEIGHTS, layout, parameters.__getitem__, METADATA)
     write_config(folder, config)
     tokenizer.save_pretrained(folder)
