@@ -7,7 +7,7 @@ network: tables, head and norms in fp16, linears as they are stored.
 trained in a stored form   as it ships, at each width, against the rival at the same width in fp16; the wide one
                            against the narrow rival in fp16, which is about as large; and against the rival rounded
                            after training by each of ``rounded``
-trained dense              against the rival at the narrow width: held-out loss; kurtosis of the hidden states (the
+trained dense              against the rival at the wide width: held-out loss; kurtosis of the hidden states (the
                            largest of all blocks' outputs, and the mean over what the linears read; 3 for a Gaussian);
                            and the rise of the loss when the linears are rounded, alone and with their inputs rounded
                            to 4 bits per token
@@ -46,11 +46,14 @@ HELD_OUT_WINDOWS = 192
 
 @dataclass(frozen=True)
 class Study:
-    """How large the experiment is. ``widths``: the narrow and the wide network."""
+    """How large the experiment is. ``widths``: the narrow and the wide network.
+
+    At 40 and 64 a ternary wide network takes 16 % less than a float narrow one.
+    """
 
     steps: int = 300
     batch: int = 8
-    widths: tuple[int, int] = (64, 128)
+    widths: tuple[int, int] = (40, 64)
     blocks: int = 3
     vocabulary: int = 512
 
@@ -112,7 +115,7 @@ def trials_of(shop: Workshop) -> list[Trial]:
     rivals = [_with(shop.technique, options) for options in blueprint.rivals]
     if not rivals or mine in rivals:  # a setting without the blueprint's ideas has nothing left to be held against
         rivals = [str(parse_blueprint(blueprint.name))]
-    packed = bool(shop.network(mine, shop.study.widths[0]).encoded)
+    packed = bool(shop.network(mine, shop.study.widths[1]).encoded)
     of_one = packed_trials if packed else dense_trials
     return [trial for rival in rivals for trial in of_one(shop, mine, rival, blueprint.rounded)]
 
@@ -135,7 +138,7 @@ def packed_trials(shop: Workshop, mine: str, rival: str, recipes: tuple[str, ...
 
 def dense_trials(shop: Workshop, mine: str, rival: str, recipes: tuple[str, ...]) -> list[Trial]:
     """How well two dense networks were trained, how heavy the tails of their states are, what rounding costs them."""
-    width = shop.study.widths[0]
+    width = shop.study.widths[1]
     figures: dict[str, list[tuple[str, float, int]]] = {}
     for setting in (mine, rival):
         found = shop.network(setting, width)
