@@ -10,8 +10,8 @@ fp16 before it is used, so the packed network computes bit for bit what training
 weights are dropped. The form ``ternary`` writes a once a row, 16 / n bits a weight that the paper does not pay.
 
 Schedule: warm-up, then linear decay to zero; half-way the peak rate falls once to ``drop`` of it (the paper's 99M
-model: 2.4e-3 -> 1.5e-3), and at two thirds of the run weight decay is taken away. ``ternary=false`` is FloatLM: the
-same network, the same batches and the same first weights in float, with the paper's cosine and constant decay.
+model: 2.4e-3 -> 1.5e-3), and at two thirds of the run weight decay is taken away. ``ternary=false,schedule=cosine``
+is FloatLM: the same network, batches and first weights in float, under the paper's cosine and constant decay.
 
 Source: A. Kaushal et al., "Spectra", arXiv 2407.12327. Chosen here: rounding half to even, one scale a matrix (tensor
 parallelism gives the paper 1 to 6), and rates, which the paper gives for 99M parameters and more. Tried at width 64,
