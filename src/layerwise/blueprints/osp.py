@@ -21,8 +21,8 @@ tokens, one seed, held-out nats per token:
     all three     -      3.770     -      3.738     -     3.765
     Adam        4.078    3.836   3.897    4.386   4.498     -
 
-Measured (``layerwise bench osp``: 217k parameters, 307k tokens, two seeds; rises in nats per token, 4 bits with one grid
-a row; kurtosis is 3 for a Gaussian):
+Measured (``layerwise bench osp``: 217k parameters, 307k tokens, two seeds; rises in nats per token, 4 bits with one
+grid a row; kurtosis is 3 for a Gaussian):
 
                       loss    rise, W4   rise, W4A4   kurtosis of block outputs   of linears' inputs
     Adam              3.907   0.0023     0.0159       3.84                        10.4
@@ -30,10 +30,10 @@ a row; kurtosis is 3 for a Gaussian):
     + one gain        3.723   0.0015     0.0047       2.99                         9.4
     + projections     3.735   0.0009     0.0030       3.10                         9.2
 
-Every idea makes the network easier to round, and most of the fall in kurtosis is Muon's; one gain a norm and the
-projections cost loss here (0.04 and 0.01), and make tails a little heavier, not lighter. Networks this small grow no
-outliers to speak of: the paper's excess kurtosis of 1818 under Adam is 0.8 here. Its scale, 1.4B parameters and 1T
-tokens, is not reproduced.
+With activations rounded too every idea helps (weights alone: Muon does not), and most of the fall in kurtosis is
+Muon's; one gain a norm and the projections cost loss here (0.04 and 0.01), and make tails a little heavier, not
+lighter. Networks this small grow no outliers to speak of: the paper's excess kurtosis of 1818 under Adam is 0.8 here.
+Its scale, 1.4B parameters and 1T tokens, is not reproduced.
 """
 
 from __future__ import annotations
