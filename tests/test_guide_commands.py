@@ -37,6 +37,7 @@ WRITTEN = {
     "P": "OUT",
     "A": "OUT",
     "B": "OUT",
+    "300": "3",  # steps of training
 }
 OPTIONAL = re.compile(r"distance:")  # the loss of an encoder, shown beside those of a causal network
 

@@ -31,7 +31,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
     "generate": frozenset({"network", "kernels"}),
     "probe": frozenset({"technique", "network", "calibrate"}),
-    "blueprints": frozenset({"network"}),
+    "blueprints": frozenset({"technique", "network", "encoding"}),
     "evaluate": frozenset({"network", "encoding", "plan"}),
     "report": frozenset({"network", "encoding", "plan"}),
     "export": frozenset({"network", "encoding", "plan"}),

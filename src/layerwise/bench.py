@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from layerwise.activation_trials import activation_trials
+from layerwise.blueprint_trials import blueprint_trials
 from layerwise.calibrate.passes import forward
 from layerwise.compress import start
 from layerwise.engine.machine import versions
@@ -27,7 +28,7 @@ from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.probe_trials import probe_trials
 from layerwise.recipe import parse_technique
-from layerwise.technique import ActivationQuantizer, NetworkRewrite, Probe, Technique, find
+from layerwise.technique import ActivationQuantizer, Blueprint, NetworkRewrite, Probe, Technique, find
 from layerwise.trials import ROLES as BY_LOSS
 from layerwise.trials import Ground, Trial
 from layerwise.wanted import wanted_of
@@ -38,6 +39,7 @@ ROLES = {
     NetworkRewrite.role: network_rewrite_trials,
     Probe.role: probe_trials,
     ActivationQuantizer.role: activation_trials,
+    Blueprint.role: blueprint_trials,
 }
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
@@ -103,7 +105,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     made, command = versions(), asked.command()
     rows = tuple(
         Row(
-            network=network,
+            network=(found[0][0].figures.network if found[0][0].figures else "") or network,
             data=data,
             metric=found[0][0].figures.metric if found[0][0].figures else metric,
             setting=found[0][0].setting.recipe,

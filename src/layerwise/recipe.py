@@ -13,6 +13,7 @@ from typing import Any
 from layerwise.errors import InputError, nearest
 from layerwise.technique import (
     ActivationQuantizer,
+    Blueprint,
     Encoder,
     Probe,
     Rewrite,
@@ -117,6 +118,17 @@ def parse_activations(text: str) -> ActivationQuantizer:
         raise InputError(f"--activations {name!r} {what}; give one of {', '.join(known)}, such as token_int:bits=8")
     found = parse_technique(text)
     assert isinstance(found, ActivationQuantizer)
+    return found
+
+
+def parse_blueprint(text: str) -> Blueprint:
+    """``osp:projections=false`` -> a blueprint; another kind of technique, or none, names the blueprints there are."""
+    name = text.partition(":")[0].strip().replace("-", "_")
+    if name not in (known := names(Blueprint)):
+        what = "is no blueprint" if name in technique_files() else "does not exist"
+        raise InputError(f"the blueprint {name!r} {what}; the blueprints are {', '.join(known)}")
+    found = parse_technique(text)
+    assert isinstance(found, Blueprint)
     return found
 
 

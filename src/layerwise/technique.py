@@ -29,7 +29,10 @@ from layerwise.errors import InputError, nearest
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
+    from torch.optim import Optimizer
 
+    from layerwise.blueprints.decoder import Size
+    from layerwise.blueprints.finished import Finished
     from layerwise.calibrate.input_ranges import InputRanges
     from layerwise.calibrate.passes import Calibration
     from layerwise.calibrate.statistics import SiteStatistics
@@ -42,7 +45,10 @@ if TYPE_CHECKING:
     from layerwise.probe.measurement import Measurement
     from layerwise.tune.scope import Tuned, TunedScope
 
-FAMILIES = tuple("quantize prune factorize depth normalize merge tune distill nas sensitivity plan probe".split())  # noqa: SIM905
+FAMILIES = (
+    *("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas"),
+    *("sensitivity", "plan", "probe", "blueprints"),
+)
 
 # What a technique may ask to have measured at its site (``needs``).
 SECOND_MOMENT = "second moment of the inputs"  # H = E[x x^T]
@@ -255,6 +261,38 @@ class ActivationQuantizer(Technique):
     def layout(self, columns: int) -> Layout:
         """Suffix -> (dtype, shape) of what a grid for this many inputs stores; ``InputError`` where there is none."""
         return {}
+
+
+class Blueprint(Technique):
+    """A size in, a network to be trained from scratch out; once trained it ships as a checkpoint of a known class.
+
+    rivals:  options under which the same file trains what the paper holds its method against, on the same batches.
+    rounded: recipes into which networks are rounded when they are measured against each other.
+    """
+
+    role = "blueprint"
+    rivals: ClassVar[tuple[str, ...]] = ()
+    rounded: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def parameters(self, size: Size) -> int:
+        """How many parameters ``build`` makes, by a formula."""
+
+    @abstractmethod
+    def build(self, size: Size, seed: int) -> Module:
+        """The network with its first weights: token ids [n, t] -> ``.logits`` [n, t, words]."""
+
+    @abstractmethod
+    def optimisers(self, module: Module) -> tuple[Optimizer, ...]:
+        """Which parameter is trained by what, at peak rates; together they have every parameter once."""
+
+    @abstractmethod
+    def pace(self, share: float) -> tuple[float, float]:
+        """What the peak rate and the weight decay are multiplied by when this share of the run is done."""
+
+    @abstractmethod
+    def finish(self, module: Module) -> Finished:
+        """What ships: the same function as a plain decoder, and its packed forms if it was trained in them."""
 
 
 T = TypeVar("T", bound=type[Technique])

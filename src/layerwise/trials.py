@@ -14,7 +14,7 @@ tuner       uniform round to nearest tuned, against the same untuned
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from layerwise.apply import predicted_bytes
 from layerwise.calibrate.passes import Calibration
@@ -60,11 +60,15 @@ class Side:
 
 @dataclass(frozen=True)
 class Figures:
-    """What a trial measured itself: in its own metric, smaller is better, of the setting and of the baseline."""
+    """What a trial measured itself: in its own metric, smaller is better, of the setting and of the baseline.
+
+    network: what was measured, where it is not the network of the ground.
+    """
 
     metric: str
     setting: float
     baseline: float
+    network: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from layerwise.bench import ROLES, Bench, read_seeds
+from layerwise.blueprint_trials import METRICS as OF_BLUEPRINTS
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -61,7 +62,7 @@ def test_rows_are_measurements(name: str) -> None:
     found = read_evidence(name)
     assert found is not None
     for row in found.rows:
-        assert row.metric in ("kl", "distance", EXACTNESS, METRIC)
+        assert row.metric in ("kl", "distance", EXACTNESS, METRIC, *OF_BLUEPRINTS)
         assert row.value > 0 and row.baseline.value > 0 and 0 <= row.spread <= row.value
         assert row.bytes > 0 and row.baseline.bytes > 0
         assert {"python", "torch", "layerwise"} <= set(row.versions)
