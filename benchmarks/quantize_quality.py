@@ -37,6 +37,7 @@ from benchmarks.runs import add_run_options, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
 from layerwise.cli.shared import split_techniques
+from layerwise.plan.measures import parse_allocator
 from layerwise.rewriting import encoder_of
 
 METHODS = (
@@ -49,6 +50,7 @@ RIVAL = "gptq"
 SCOPES = {"all": ALL, "linears": LINEARS}
 BETWEEN = (8, 6, 5, 4.5)  # more budgets of ours alone, so that its front spans that of uniform settings
 SEQUENTIAL = f"{OURS}, --sequential"
+MEASURED = f"{OURS}, measured rises"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--allocators", default=",".join(ALLOCATORS), help="(%(default)s)")
     parser.add_argument("--also", action="append", default=[], metavar="A,B", help="plan over these together as well")
     parser.add_argument("--scopes", nargs="+", choices=sorted(SCOPES), default=sorted(SCOPES), help="(%(default)s)")
-    parser.add_argument("--no-uniform", action="store_true", help="leave the uniform settings out")
+    parser.add_argument("--uniform", metavar="A,B", help="methods whose uniform settings are measured; all by default")
     parser.add_argument("--sequential", action="store_true", help="encode ours behind the stored prefix too")
+    parser.add_argument(
+        "--measured-rises", action="store_true", help="plan ours by the measured loss of each single change too"
+    )
     parser.add_argument("--picture", metavar="FILE", type=Path, help="write the curves here, as SVG")
     add_output_options(parser)
     given = parser.parse_args(arguments)
@@ -97,12 +102,15 @@ def plans_of(
         if given.sequential:
             plans += [_behind_the_prefix(p) for p in ours]
         plans += search.planned("ours", OURS, search.offered(()), scope, [b for b in BETWEEN if b not in given.bits])
+        if given.measured_rises:
+            rule = parse_allocator("adaquant_ip")
+            plans += search.planned("ours", MEASURED, search.offered(()), scope, given.bits, rule)
         plans += search.planned("ours", EVERYTHING, search.run.candidates, scope, given.bits)
         for group in together:
             plans += search.planned("ours", " ".join(group), search.offered(group), scope, given.bits)
         for method in (m for m in methods if m in search.methods):
             plans += search.planned("planned", method, search.offered((method,)), scope, given.bits)
-            if not given.no_uniform:
+            if given.uniform is None or method in split_techniques(given.uniform):
                 plans += search.uniform(method, scope)
         for allocator in split_techniques(given.allocators):
             plans += search.allocated(allocator, LEVEL_FIELD, scope, given.bits)
@@ -136,6 +144,7 @@ def rows_of(
             "encoders": dict(Counter(encoder_of(plan.recipes[n]).partition(":")[0] for n in sorted(search.linears))),
         }
         for plan in plans
+        if plan.key() in scores
     ]
 
 

@@ -8,6 +8,7 @@ the number of plans that take it. Candidates, encodings and losses are journaled
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -214,22 +215,28 @@ class Search:
     # ---------------------------------------------------------------- losses
 
     def measure(self, plans: Sequence[Plan], seed: int) -> dict[str, dict[str, float]]:
-        """Plan's key -> metrics on the held-out text."""
-        run, journal = self.run, self.run.calibration.journal
+        """Plan's key -> metrics on the held-out text. Ctrl-C ends it early, with what is measured by then."""
+        journal = self.run.calibration.journal
         todo = list({p.key(): p for p in plans if not journal.has(p.key())}.values())
-        for start in range(0, len(todo), TOGETHER):
-            part = todo[start : start + TOGETHER]
-            weights = {plan.key(): self.weights(plan) for plan in part}
-            prepared = run.prepared
-            title = f"evaluate {start + len(part)} of {len(todo)}"
-            with run.watch.stage(title, (1 + len(part)) * len(prepared.network.tree.blocks)) as advance:
-                found = compare(
-                    prepared.network, weights, prepared.loss, prepared.evaluation.batches, run.calibration.folder,
-                    prepared.options.device, advance,
-                )  # fmt: skip
-            for key, measured in found.items():
-                journal.record("measured/dense" if key == "dense" else key, with_spearman(run, measured, seed))
-        return {key: journal[key] for key in ("measured/dense", *(plan.key() for plan in plans))}
+        try:
+            for start in range(0, len(todo), TOGETHER):
+                self._measure(todo[start : start + TOGETHER], f"evaluate from {start} of {len(todo)}", seed)
+        except KeyboardInterrupt:
+            print("stopped: the plans that are not measured yet are left out", file=sys.stderr)
+        return {key: journal[key] for p in plans for key in ("measured/dense", p.key()) if journal.has(key)}
+
+    def _measure(self, plans: Sequence[Plan], title: str, seed: int) -> None:
+        run, prepared = self.run, self.run.prepared
+        weights = {plan.key(): self.weights(plan) for plan in plans}
+        with run.watch.stage(title, (1 + len(plans)) * len(prepared.network.tree.blocks)) as advance:
+            found = compare(
+                prepared.network, weights, prepared.loss, prepared.evaluation.batches, run.calibration.folder,
+                prepared.options.device, advance,
+            )  # fmt: skip
+        for key, measured in found.items():
+            run.calibration.journal.record(
+                "measured/dense" if key == "dense" else key, with_spearman(run, measured, seed)
+            )
 
     def weights(self, plan: Plan) -> Overlay:
         written = self.written(plan.recipes)
