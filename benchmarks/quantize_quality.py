@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import statistics
 import sys
 from collections import Counter
@@ -48,7 +49,7 @@ ALLOCATORS = ("hawq", "inter_layer", "aptq_trace", "layerwise_quant", "high_impa
 LEVEL_FIELD = "two_sided"  # whose candidates the allocators get
 RIVAL = "gptq"
 SCOPES = {"all": ALL, "linears": LINEARS}
-BETWEEN = (8, 6, 5, 4.5)  # more budgets of ours alone, so that its front spans that of uniform settings
+BETWEEN = (8, 6, 5, 4.5, 1.75)  # more budgets of ours alone, so that its front spans that of uniform settings
 SEQUENTIAL = f"{OURS}, --sequential"
 MEASURED = f"{OURS}, measured rises"
 
@@ -88,6 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.picture:
         given.picture.parent.mkdir(parents=True, exist_ok=True)
         given.picture.write_text(drawn(rows), encoding="utf-8")
+        if given.markdown:
+            link = os.path.relpath(given.picture, given.markdown.parent)
+            with given.markdown.open("a", encoding="utf-8") as page:
+                page.write(f"\n![{rows[0]['network']}: loss over bits a weight, a line a method]({link})\n")
     return int(any(row["bits"] is not None and row["bpw"] > row["bits"] for row in rows))
 
 
@@ -258,7 +263,8 @@ def _spread(values: Sequence[float]) -> str:
 def drawn(rows: Sequence[Mapping[str, Any]]) -> str:
     """Loss over bits a weight, geometric means over seeds: methods planned, uniform settings, allocators."""
     first, scope = rows[0], rows[0]["scope"]
-    mine = [row for row in rows if row["scope"] == scope]
+    most = max(row["bits"] for row in rows if row["kind"] == "planned") + 0.75
+    mine = [row for row in rows if row["scope"] == scope and row["bpw"] <= most]
     ours = {OURS: _curve(r for r in mine if r["method"] == OURS)}
     panels = []
     for heading, kind, name in (
