@@ -22,6 +22,9 @@ stored bytes, TWO-SIDED alone -> with ternary offered -> with binary rows of BIV
     3.0 bpw   0.129 -> 0.105 -> 0.114        2.0 bpw   no plan fits -> 0.542 -> 0.478
     2.6 bpw   0.279 -> 0.251 -> 0.203        1.8 bpw   no plan fits -> 0.890 -> 0.655
     2.3 bpw   0.583 -> 0.363 -> 0.366        1.6 bpw   no plan fits -> no plan fits -> 1.134
+
+Three settings with feedback, and BIVIT's rows, are in the planner's default menu for linears. A candidate is judged by
+a draft, one sweep and no refit, which costs a quarter of the time or less; what is chosen is encoded in full.
 """
 
 from __future__ import annotations
