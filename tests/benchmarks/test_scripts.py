@@ -10,7 +10,7 @@ import pytest
 
 SCRIPTS = (
     "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
-    "decoding", "peers.run", "rotary_keys",
+    "decoding", "peers.run", "rotary_keys", "quantize_quality",
 )  # fmt: skip
 
 
@@ -114,3 +114,38 @@ def test_absent_relevance_lists_are_skipped_with_a_sentence(
     monkeypatch.setattr("sys.argv", ["papers_search", str(tmp_path / "listings.json")])
     assert papers_search.main() == 0
     assert capsys.readouterr().out.startswith("skipped: there are no relevance lists")
+
+
+def test_quantize_quality(
+    tiny_llama: Path, sentences: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks.quantize_quality import main
+
+    from benchmarks import quantize_search
+
+    found, page, drawing = tmp_path / "found.json", tmp_path / "found.md", tmp_path / "found.svg"
+    arguments = [
+        str(tiny_llama), "--calibrate", str(sentences), "--evaluate", str(held_out), "--exclude", str(held_out),
+        "--bits", "12", "9", "--seeds", "0", "--methods", "rtn,awq+rtn", "--allocators", "hawq", "--sequences", "24",
+        "--length", "64", "--threads", "1", "--workers", "1", "--work", str(tmp_path / "work"), "--sequential",
+        "--quiet", "--json", str(found), "--markdown", str(page), "--picture", str(drawing),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    rows = json.loads(found.read_text())["rows"]
+    assert {row["kind"] for row in rows} == {"ours", "planned", "uniform", "allocator"}
+    assert {row["scope"] for row in rows} == {"all bytes", "linears only"}
+    for row in rows:
+        assert row["bytes"] > 0 and (row["bits"] is None or row["bpw"] <= row["bits"])
+    whole = {(r["scope"], r["bits"], r["method"]): r for r in rows if r["kind"] == "ours"}
+    assert (
+        whole["linears only", 9, "layerwise"]["bytes"] == whole["linears only", 9, "layerwise, --sequential"]["bytes"]
+    )
+    assert "**" in page.read_text() and drawing.read_text().count("<polyline") > 6
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a second run measures nothing again")
+
+    first = found.read_text()
+    for name in ("encode", "compare", "propagate"):
+        monkeypatch.setattr(quantize_search, name, refuse)
+    assert main(arguments) == 0 and found.read_text() == first

@@ -44,3 +44,15 @@ def test_what_encodes_nothing_is_sent_where_it_belongs(name: str) -> None:
 @pytest.mark.parametrize(("recipe", "table"), [("sparsegpt:bits=1,group=64", "rtn:bits=2"), ("wanda", "rtn:bits=8")])
 def test_tables_of_a_uniform_setting_are_rounded_on_a_grid_there_is(recipe: str, table: str) -> None:
     assert uniform_recipes(parse_recipe(recipe), "same")[1].startswith(table)
+
+
+def test_ternary_and_binary_join_the_default_menu_for_linears() -> None:
+    menu, alone = make_menu((), "float16"), make_menu(("two_sided",), "float16")
+    assert encoders(menu.linear) == {"two_sided", "ternary", "bivit", "dense"}
+    assert menu.table == alone.table and encoders(alone.linear) == {"two_sided", "dense"}
+
+
+@pytest.mark.parametrize("recipe", [r for r in make_menu((), "float16").linear if "feedback" in r])
+def test_a_candidate_of_the_default_menu_is_judged_by_less_work_in_the_same_layout(recipe: str) -> None:
+    encoder = parse_recipe(recipe).encoder
+    assert encoder.draft() != encoder and encoder.draft().layout(64, 256) == encoder.layout(64, 256)

@@ -19,6 +19,15 @@ from layerwise.technique import Encoder, Rewrite, find
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))
 TABLE_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
 DEFAULT_TECHNIQUES = ("two_sided",)
+# Below three bits a weight even grids run out: these join the default menu, for linears only. They are in it whatever
+# the budget, so that a work folder serves every budget. As drafts they add 11 % to the processor time of a whole
+# compression of examples/docs-lm (64 sequences of 128 tokens, 23.9 -> 26.6 s); more tokens make the share smaller.
+BELOW_TWO_BITS = (
+    "ternary:group=0,feedback=true",
+    "ternary:group=128,scale_bits=8,feedback=true",
+    "ternary:group=32,scale_bits=8,feedback=true",
+    "bivit:group=0,feedback=true",
+)
 # Factors of a table are fitted to the entries that calibration met, and give up the others: measured on text of another
 # kind that is many times worse than predicted. Tables of a plan with such factors are rounded.
 LINEARS_ONLY = "factorize"
@@ -69,6 +78,8 @@ def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
             prefix = "+".join(chain) + "+" if chain and out is linear else ""
             named = DEFAULT_TECHNIQUES[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
             out += [str(parse_recipe(prefix + made)) for made in _settings(named, grids)]
+    if not others:
+        linear += [str(parse_recipe(recipe)) for recipe in BELOW_TWO_BITS]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
     return Menu(
         _distinct([*linear, plain]), _distinct([*table, plain]), _distinct([canonical(text) for text in surgeons])

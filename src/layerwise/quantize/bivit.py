@@ -18,6 +18,7 @@ ruinous on every linear; in a plan that may pick it for a few it pays at 2 bits 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from layerwise.technique import GRADIENT_MOMENT, Encoder, option, technique
@@ -47,6 +48,10 @@ class Bivit(Encoder):
     centred: bool = option(True, help="take the row's mean off before, and store it")
     fit: bool = option(True, help="fit scale and mean to the least weighted error instead of taking averages")
     feedback: bool = option(False, help="round against the loss, errors absorbed by later columns and rows")
+    sweeps: int = option(4, minimum=0, maximum=100, help="with feedback: revisions of all codes after the first pass")
+    refits: int = option(
+        4, minimum=0, maximum=100, help="with feedback: times that the scales are fitted to the codes, and these again"
+    )
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
         import torch
@@ -54,7 +59,7 @@ class Bivit(Encoder):
         from layerwise.encoding.binary import Binary
         from layerwise.encoding.grid import check_weight, relative_importance
         from layerwise.encoding.scales import Scales, places
-        from layerwise.quantize._levels import REFITS, Feedback, place
+        from layerwise.quantize._levels import Feedback, place
 
         check_weight(weight)
         columns = weight.shape[1]
@@ -66,13 +71,13 @@ class Bivit(Encoder):
         centre = torch.zeros(len(weight)) if stored is None else stored.float()
         steps = scales.values()
         levels = torch.stack([-steps, steps], 2) + centre[:, None, None]
-        codes = place(weight, levels, places(self.group, columns), feedback)
-        for _ in range(REFITS if feedback.columns is not None else 0):
+        codes = place(weight, levels, places(self.group, columns), feedback, self.sweeps)
+        for _ in range(self.refits if feedback.columns is not None else 0):
             scales, centre = self._refitted(weight, codes, scales, centre, feedback)
             stored = centre.half() if self.centred else None
             steps = scales.values()
             levels = torch.stack([-steps, steps], 2) + centre[:, None, None]
-            codes = place(weight, levels, places(self.group, columns), feedback, start=codes)
+            codes = place(weight, levels, places(self.group, columns), feedback, self.sweeps, codes)
         if feedback.columns is None:  # sign(0) is 1; ties between levels went down
             codes = (weight >= centre[:, None]).to(torch.uint8)
         return Binary.from_codes(codes, self.group, scales, stored)
@@ -96,6 +101,9 @@ class Bivit(Encoder):
         else:
             wanted = refit(weight, bases, wanted, feedback)
         return Scales.of(wanted.clamp(min=0), self.scale_bits), centre
+
+    def draft(self) -> Bivit:
+        return dataclasses.replace(self, sweeps=min(self.sweeps, 1), refits=0)  # type: ignore[type-var]
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.binary import binary_layout
