@@ -22,7 +22,7 @@ from layerwise.network.safetensors_file import read, read_header
 from layerwise.network.streaming import Weights
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Choice, Leaf, Node, Sum
-from layerwise.technique import parse_tuner
+from layerwise.recipe import parse_tuner
 from layerwise.tuning import tune
 
 

@@ -14,7 +14,8 @@ from layerwise.compress import begin
 from layerwise.engine.progress import Stopwatch
 from layerwise.plan.menu import Menu, fitted
 from layerwise.prepare import Options, prepare
-from layerwise.technique import GRADIENT_MOMENT, parse_recipe
+from layerwise.recipe import parse_recipe
+from layerwise.technique import GRADIENT_MOMENT
 
 
 def quantize(job: Job) -> Result:
