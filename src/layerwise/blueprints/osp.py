@@ -54,7 +54,10 @@ PROJECTION_SEED = 1 << 20  # apart from the seeds of the weights, so that varian
 MUON_RATE, ADAM_RATE = 0.006, 0.003
 
 
-@technique(paper="OSP")
+@technique(
+    paper="OSP",
+    left_out="the paper's scale; a network of 0.2 M parameters is trained",
+)
 class Osp(Blueprint):
     """A Llama-like decoder trained by Muon, with single-gain norms and folded projections."""
 

@@ -54,7 +54,10 @@ RATE = 0.003
 DECAY_ENDS = 2 / 3  # of the run
 
 
-@technique(paper="Spectra")
+@technique(
+    paper="Spectra",
+    left_out="the paper's scale; networks of up to 0.3 M parameters are trained",
+)
 class Trilm(Blueprint):
     """A Llama-like decoder whose linears are ternary from the first step of training."""
 

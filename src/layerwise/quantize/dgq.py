@@ -42,7 +42,9 @@ MOST_ROUNDS = 100
 
 
 @technique(
-    paper="DGQ", menu=("bits=8,groups=8", "bits=6,groups=8", "bits=4,groups=8", "bits=4,groups=2", "bits=4,groups=16")
+    paper="DGQ",
+    menu=("bits=8,groups=8", "bits=6,groups=8", "bits=4,groups=8", "bits=4,groups=2", "bits=4,groups=16"),
+    left_out="groups of positions and the logarithmic grid of cross-attention",
 )
 class Dgq(ActivationQuantizer):
     """Static asymmetric integers, one scale for each group of channels of like range."""

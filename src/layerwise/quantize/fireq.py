@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     paper="FireQ",
     needs={INPUT_SQUARES},
     menu=("bits=4,group=128", "bits=4,group=32", "bits=3,group=64", "bits=3,group=32", "bits=2,group=32"),
+    left_out="the FP8 kernel and the scaling behind the rotary positions",
 )
 class Fireq(Encoder):
     """Integers with 8-bit float steps and a power of two that keeps them from underflowing."""

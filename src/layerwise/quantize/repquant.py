@@ -33,7 +33,11 @@ if TYPE_CHECKING:
     from layerwise.network.folds import BlockScope, Fold
 
 
-@technique(paper="RepQuant", needs={SECOND_MOMENT})
+@technique(
+    paper="RepQuant",
+    needs={SECOND_MOMENT},
+    left_out="the shift of asymmetric ranges, the grid of attention maps, reconstructed weights",
+)
 class Repquant(Rewrite):
     """Make every channel behind a norm as wide as the others, by the norm's gain and the columns that read it."""
 

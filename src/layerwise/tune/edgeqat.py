@@ -46,7 +46,10 @@ if TYPE_CHECKING:
     from layerwise.tune.scope import Tuned, TunedScope
 
 
-@technique(paper="EdgeQAT")
+@technique(
+    paper="EdgeQAT",
+    left_out="quantized activations and bits by token",
+)
 class Edgeqat(Tuner):
     """Trained rounding that keeps attention maps and the spread of queries and keys: of weights, not of activations."""
 

@@ -64,7 +64,10 @@ if TYPE_CHECKING:
 SANDWICH = 3  # networks a step
 
 
-@technique(paper="EQ-Net")
+@technique(
+    paper="EQ-Net",
+    left_out="activations, symmetry and granularity, the genetic search and its predictor",
+)
 class EqNet(Tuner):
     """One set of latent weights trained under all widths at once, of which the plan's are stored; no activations."""
 

@@ -39,7 +39,10 @@ if TYPE_CHECKING:
     from layerwise.tune.scope import Tuned, TunedScope
 
 
-@technique(paper="QuEST")
+@technique(
+    paper="QuEST",
+    left_out="the Hadamard rotation, one-bit weights and quantized activations",
+)
 class Quest(Tuner):
     """Trained rounding with steps from statistics and a trust mask on the gradient, without the rotation."""
 

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
     from layerwise.tune.scope import Tuned, TunedScope
 
 
-@technique(paper="Ternary_Binary_Transformer")
+@technique(
+    paper="Ternary_Binary_Transformer",
+    left_out="binary weights and the elastic activations",
+)
 class TernaryBinary(Tuner):
     """Ternary weights with scales from statistics, trained by distillation."""
 
