@@ -9,14 +9,14 @@ import pytest
 from tests.command import Done, layerwise
 
 from layerwise import bench as module
-from layerwise import probe_trials
 from layerwise.bench import Bench, bench, check
 from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.probe.measurement import Column, Measurement
 from layerwise.probe.measurement import Row as Measured
 from layerwise.technique import Allocator
-from layerwise.trials import settings_of
+from layerwise.trials import probes as probe_trials
+from layerwise.trials.by_loss import settings_of
 
 
 @pytest.fixture(scope="module")

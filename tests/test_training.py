@@ -10,9 +10,7 @@ import pytest
 import torch
 from tests.command import layerwise
 
-from layerwise import blueprint_trials
 from layerwise.bench import Bench, bench
-from layerwise.blueprint_trials import Study, kurtosis, rounded_inputs
 from layerwise.blueprints.decoder import Size, drawn_decoder
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
@@ -20,6 +18,8 @@ from layerwise.network.artifact import open_artifact
 from layerwise.network.network import open_network
 from layerwise.technique import find
 from layerwise.training import Pace, fit, make_tokenizer, read_corpus
+from layerwise.trials import blueprints as blueprint_trials
+from layerwise.trials.blueprints import Study, kurtosis, rounded_inputs
 
 
 class Wild(find("trilm")):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """The act *bench*: measure a technique against its baseline at equal bytes, over calibration seeds.
 
-How a technique is measured follows from its role (``trials.py``), so a new technique needs nothing here.
+How a technique is measured follows from its role (``trials/by_loss.py``), so a new technique needs nothing here.
 Tables are stored as 8-bit rows on both sides, so what differs is the linears. Both sides are encoded on the same
 tokens and measured in one pass over the same held-out text.
 """
@@ -16,8 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from layerwise.activation_trials import activation_trials
-from layerwise.blueprint_trials import blueprint_trials
 from layerwise.calibrate.passes import forward
 from layerwise.compress import start
 from layerwise.engine.machine import versions
@@ -26,13 +24,15 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
-from layerwise.probe_trials import probe_trials
 from layerwise.recipe import parse_technique
 from layerwise.technique import ActivationQuantizer, Blueprint, NetworkRewrite, Probe, Technique, find
-from layerwise.trials import ROLES as BY_LOSS
-from layerwise.trials import Ground, Trial
+from layerwise.trials.activations import activation_trials
+from layerwise.trials.blueprints import blueprint_trials
+from layerwise.trials.by_loss import ROLES as BY_LOSS
+from layerwise.trials.by_loss import Ground, Trial
+from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
+from layerwise.trials.probes import probe_trials
 from layerwise.wanted import wanted_of
-from layerwise.whole_trials import accepts, network_rewrite_trials
 
 ROLES = {
     **BY_LOSS,

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from layerwise.bench import ROLES, Bench, read_seeds
-from layerwise.blueprint_trials import METRICS as OF_BLUEPRINTS
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -20,9 +19,10 @@ from layerwise.evidence.rows import (
     techniques_with_evidence,
     write_evidence,
 )
-from layerwise.probe_trials import METRIC
 from layerwise.technique import find, names
-from layerwise.whole_trials import EXACTNESS
+from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS
+from layerwise.trials.network_rewrites import EXACTNESS
+from layerwise.trials.probes import METRIC
 
 TECHNIQUES = techniques_with_evidence()
 

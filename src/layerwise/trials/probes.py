@@ -21,7 +21,7 @@ from layerwise.plan.menu import fitted
 from layerwise.probe.measurement import Measurement
 from layerwise.recipe import parse_probe, parse_recipe
 from layerwise.removal import measure_on_steer, measure_removals
-from layerwise.trials import FLOOR, GROUP, Figures, Ground, Side, Trial
+from layerwise.trials.by_loss import FLOOR, GROUP, Figures, Ground, Side, Trial
 
 BITS = 3
 METRIC = "1 - rank correlation, unsigned"

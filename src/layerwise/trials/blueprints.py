@@ -33,7 +33,7 @@ from layerwise.engine.progress import Stopwatch
 from layerwise.plan.menu import fitted
 from layerwise.recipe import parse_blueprint, parse_recipe
 from layerwise.training import Corpus, Pace, fit, held_out_loss, make_corpus, windows_of
-from layerwise.trials import Figures, Ground, Side, Trial
+from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 
 LOSS = "held-out loss, nats per token"
 RISE = "rise of the held-out loss, nats per token"
