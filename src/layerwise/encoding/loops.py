@@ -270,55 +270,27 @@ def nearest_half(value: float) -> float:
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def fit_steps(
-    points: Array,
-    steps: Array,
-    group_of: Array,
-    factor: Array,
-    curvature: Array,
-    row_curvature: Array,
-    slope: Array,
-    pull: Array,
-) -> None:
-    """Fit the steps of a tile of rows to their codes, each to the others: updates ``steps``, ``slope``, ``pull``.
+def fit_steps(steps: Array, factor: Array, row_curvature: Array, bend: Array, towards: Array) -> None:
+    """Fit one group's steps of a tile of rows to their codes, row by row: updates ``steps`` and ``towards``.
 
-    points [height, n] float64: code - zero; steps [height, groups] float64; factor [height]: what a stored step is a
-    whole multiple (1..255) of, or 0 where it is an fp16 number; curvature [n, n]: C; row_curvature [height, height]:
-    the tile's block of R; slope [height, n]: its rows of ``R D C``; pull [height, n]: its rows of ``D C``.
+    steps [height] float64; factor [height]: what a stored step is a whole multiple (1..255) of, 0 where it is an fp16
+    number; row_curvature [height, height]: the tile's block of R; bend [height, height]: P C P^T, with P the group's
+    code - zero; towards [height]: half the slope of the loss by each step, R D C . P.
     """
-    height, n = points.shape
-    reach = np.empty(n)
+    height = steps.shape[0]
     for a in range(height):
-        for g in range(steps.shape[1]):
-            reach[:] = 0.0  # C p
-            towards = 0.0
-            for j in range(n):
-                if group_of[j] == g:
-                    p = points[a, j]
-                    towards += slope[a, j] * p
-                    if p != 0.0:
-                        for k in range(n):
-                            reach[k] += p * curvature[j, k]
-            bend = 0.0
-            for j in range(n):
-                if group_of[j] == g:
-                    bend += reach[j] * points[a, j]
-            bend *= row_curvature[a, a]
-            if bend <= 0.0:
-                continue
-            wanted = min(max(steps[a, g] - towards / bend, 0.5 * steps[a, g]), 2.0 * steps[a, g])
-            if factor[a] > 0.0:
-                whole = (wanted / factor[a] + ROUND_64) - ROUND_64
-                wanted = factor[a] * min(max(whole, 1.0), 255.0)
-            else:
-                wanted = nearest_half(wanted)
-            moved = wanted - steps[a, g]
-            if moved * (2.0 * towards + bend * moved) >= 0.0:
-                continue
-            steps[a, g] = wanted
-            for k in range(n):
-                pull[a, k] += moved * reach[k]
-            for c in range(height):
-                share = row_curvature[a, c] * moved
-                for k in range(n):
-                    slope[c, k] += share * reach[k]
+        own = row_curvature[a, a] * bend[a, a]
+        if own <= 0.0:
+            continue
+        wanted = min(max(steps[a] - towards[a] / own, 0.5 * steps[a]), 2.0 * steps[a])
+        if factor[a] > 0.0:
+            whole = (wanted / factor[a] + ROUND_64) - ROUND_64
+            wanted = factor[a] * min(max(whole, 1.0), 255.0)
+        else:
+            wanted = nearest_half(wanted)
+        moved = wanted - steps[a]
+        if moved * (2.0 * towards[a] + own * moved) >= 0.0:
+            continue
+        steps[a] = wanted
+        for c in range(height):
+            towards[c] += row_curvature[c, a] * bend[c, a] * moved

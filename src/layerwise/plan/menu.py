@@ -36,6 +36,8 @@ ELSEWHERE = {
     "network rewrite": "rewrite the whole network first with --rewrite {name}",
     "probe": "look at the network with layerwise probe MODEL {name}",
     "surgeon": "name it apart from the others, as in two_sided,{name}",
+    "activation quantizer": "quantize what goes into the linears with --activations {name}",
+    "blueprint": "train a network of it with layerwise train {name}",
     "allocator": "it solves for the plan and encodes nothing; write --allocator {name}",
     "scorer": "it orders changes and encodes nothing; leave it out",
 }  # role -> how a technique that encodes nothing is used

@@ -5,8 +5,10 @@ quadratic of each. With ``p = q - z`` on one group of one row i, and zero elsewh
 
     s <- s - (R D C)_i . p / (R_ii  p^T C p),
 
-rounded to the stored type; it is taken where the trace falls, so it never rises. One group after another, a row's
-groups first; rows in tiles as the sweeps of ``_rounding`` take them.
+rounded to the stored type; it is taken where the trace falls, so it never rises. Rows go in tiles as the sweeps of
+``_rounding`` take them; in a tile one group of columns after another, and in a group row by row. What a row's step does
+to the others of its tile is known beforehand, ``R_ai (P C P^T)_ai``, so all that is left between matrix products is one
+number a row.
 """
 
 from __future__ import annotations
@@ -26,25 +28,34 @@ def refit_steps(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side
     from layerwise.encoding.loops import fit_steps
 
     order = torch.arange(len(weight)) if rows is None else rows.order
-    groups = group_of(weight.shape[1], fitted.grid)[columns.order]
+    back = torch.argsort(columns.order)
+    matrix = columns.matrix[back][:, back]  # C, a group's columns side by side
     # A stored step is a whole multiple of its row's factor, or an fp16 number where there is none.
     factor = torch.zeros(len(weight)) if fitted.factor is None else fitted.factor.float()
-    pull = torch.empty(0) if rows is None else _change(weight, codes, fitted, columns, order)[1] @ columns.matrix
-    steps = fitted.steps().double()
+    pull = torch.empty(0) if rows is None else _change(weight, codes, fitted, order)[1] @ matrix  # D C
+    steps, width = fitted.steps().double(), fitted.grid.width(fitted.columns)
     for top in range(0, len(order), BLOCK):
         tile = order[top : top + BLOCK]
-        points, change = _change(weight, codes, fitted, columns, tile)
-        own = steps[tile].contiguous()
+        points, change = _change(weight, codes, fitted, tile)
         if rows is None:
-            pulled, among = change @ columns.matrix, torch.eye(len(tile), dtype=torch.float64)
-            slope = pulled.clone()
+            slope, among = change @ matrix, torch.eye(len(tile), dtype=torch.float64)
         else:
-            pulled, among = pull[top : top + BLOCK], rows.matrix[top : top + BLOCK, top : top + BLOCK].contiguous()
-            slope = rows.matrix[top : top + BLOCK] @ pull
-        fit_steps(
-            points.numpy(), own.numpy(), groups.numpy(), factor[tile].double().numpy(), columns.matrix.numpy(),
-            among.numpy(), slope.numpy(), pulled.numpy(),
-        )  # fmt: skip
+            slope = rows.matrix[top : top + BLOCK] @ pull  # R D C, up to date with the tiles before
+            among = rows.matrix[top : top + BLOCK, top : top + BLOCK].contiguous()
+        own = steps[tile]
+        for group in range(own.shape[1]):
+            cut = slice(group * width, (group + 1) * width)
+            reach = points[:, cut] @ matrix[cut]  # P C [height, n]
+            towards = (slope[:, cut] * points[:, cut]).sum(1)
+            bend = reach[:, cut] @ points[:, cut].T  # P C P^T [height, height]
+            before = own[:, group].clone()
+            found = before.clone()
+            fit_steps(found.numpy(), factor[tile].double().numpy(), among.numpy(), bend.numpy(), towards.numpy())
+            moved = (found - before)[:, None] * reach
+            slope[:, cut.stop :] += among @ moved[:, cut.stop :]  # groups before this one are done with
+            if rows is not None:
+                pull[top : top + BLOCK] += moved
+            own[:, group] = found
         steps[tile] = own
     if fitted.factor is None:
         stored = steps.half()
@@ -53,9 +64,8 @@ def refit_steps(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side
     return FittedGrid(fitted.grid, fitted.columns, stored, fitted.factor, fitted.zero)
 
 
-def _change(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """(code - zero, W' - W) of some rows, columns in the order of rounding: float64 [chosen, n]."""
-    groups = group_of(weight.shape[1], fitted.grid)[columns.order]
-    points = codes[chosen][:, columns.order].double() - fitted.zeros()[chosen].double()[:, groups]
-    change = fitted.steps()[chosen].double()[:, groups] * points
-    return points, change - weight[chosen][:, columns.order].double()
+def _change(weight: Tensor, codes: Tensor, fitted: FittedGrid, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(code - zero, W' - W) of some rows: float64 [chosen, n]."""
+    groups = group_of(weight.shape[1], fitted.grid)
+    points = codes[chosen].double() - fitted.zeros()[chosen].double()[:, groups]
+    return points, fitted.steps()[chosen].double()[:, groups] * points - weight[chosen].double()

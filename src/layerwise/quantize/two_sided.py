@@ -56,7 +56,7 @@ class TwoSided(Encoder):
     ordered: bool = option(True, help="round the columns and rows of the largest curvature first")
     sweeps: int = option(2, minimum=0, maximum=100, help="revisions of all codes after the first pass")
     refits: int = option(
-        3, minimum=0, maximum=100, help="times that the scales are fitted to the codes, and these again"
+        2, minimum=0, maximum=100, help="times that the scales are fitted to the codes, and these again"
     )
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
