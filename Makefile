@@ -34,8 +34,9 @@ $(VENV)/.torch: requirements/runtime.txt $(VENV)/.python
 	@$(PIP) install --constraint requirements/runtime.txt torch==2.13.0
 	@touch $@
 
-$(VENV)/.runtime: pyproject.toml requirements/runtime.txt $(VENV)/.torch
-	@echo "installing layerwise and what it needs"
+# The installation compiles the kernels, where there is a compiler, and is made again when their source changes.
+$(VENV)/.runtime: pyproject.toml setup.py requirements/runtime.txt $(wildcard src/layerwise/kernels/native/*) $(VENV)/.torch
+	@echo "installing layerwise and what it needs, compiling its kernels"
 	@$(PIP) install --requirement requirements/runtime.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -96,5 +97,5 @@ docs: $(VENV)/.docs  ## build the user guide into build/site
 	@echo "$(CURDIR)/build/site/index.html"
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/layerwise/kernels/*.so
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,7 +11,20 @@ from typing import Any, NoReturn
 
 import typer
 
-from layerwise.cli import bench, calibrate, compare, compress, evaluate, export, inspect, papers, plan, probe, report
+from layerwise.cli import (
+    bench,
+    calibrate,
+    compare,
+    compress,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    papers,
+    plan,
+    probe,
+    report,
+)
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
 
@@ -34,6 +47,7 @@ app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 
 
 RESUMABLE = ("compress", "calibrate", "plan")

@@ -78,9 +78,23 @@ class PackedMatrix:
         handle = loaded.layerwise_repack(ctypes.byref(described), ctypes.sizeof(described), torch.get_num_threads())
         if not handle:
             raise ValueError(f"a matrix of {stored.rows} x {stored.columns} codes that do not fit its description")
-        self._library, self._handle = loaded, handle
-        self.nbytes = int(loaded.layerwise_bytes(handle))
-        weakref.finalize(self, loaded.layerwise_release, handle)
+        self._library = loaded
+        self._own(handle)
+
+    def _own(self, handle: int) -> None:
+        self._handle = handle
+        self.nbytes = int(self._library.layerwise_bytes(handle))
+        weakref.finalize(self, self._library.layerwise_release, handle)
+
+    def copy(self) -> PackedMatrix:
+        """The same matrix in memory of its own."""
+        handle = self._library.layerwise_copy(self._handle, torch.get_num_threads())
+        if not handle:
+            raise MemoryError("no memory for a copy of a packed matrix")
+        twin = PackedMatrix.__new__(PackedMatrix)
+        twin.rows, twin.columns, twin.table, twin._library = self.rows, self.columns, self.table, self._library
+        twin._own(handle)
+        return twin
 
     def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None) -> Tensor:
         """``x W^T``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
@@ -110,6 +124,10 @@ class PackedMatrix:
         """The dense matrix, float32 ``[rows, columns]``: bit for bit what the stored form decodes to."""
         return self._panel(0, -(-self.rows // TILE), path or chosen_path())[:, : self.rows].T.contiguous()
 
+    def read(self, path: str | None = None) -> None:
+        """Only read what a product reads, with as many threads: the limit that a product is held against."""
+        self._library.layerwise_read(self._handle, _name(path or chosen_path()), torch.get_num_threads())
+
     def _panel(self, first: int, last: int, path: str | None, into: Tensor | None = None) -> Tensor:
         """Tiles ``first .. last - 1``, transposed: float32 [columns, 16 * tiles]."""
         width = (last - first) * TILE
@@ -133,13 +151,6 @@ class PackedMatrix:
                 return torch.mm(x, panel)
             y[:, own] = torch.mm(x, panel)
         return y
-
-
-def read_bytes(data: Tensor, path: str) -> None:
-    """Read every whole line of a contiguous uint8 tensor, with as many threads as a product uses."""
-    loaded = library()
-    assert loaded is not None
-    loaded.layerwise_read(path.encode(), data.data_ptr(), data.numel(), torch.get_num_threads())
 
 
 def _tensors(stored: Canonical) -> tuple[Tensor | None, ...]:

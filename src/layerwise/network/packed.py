@@ -205,7 +205,7 @@ def kernel_takes(x: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and not (x.requires_grad and torch.is_grad_enabled())
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap and grad hand over tensors without memory
     )
 

@@ -109,6 +109,10 @@ LAYERWISE_API void* layerwise_repack(const Stored* stored, int64_t size, int32_t
   return repack(*stored, threads);
 }
 
+LAYERWISE_API void* layerwise_copy(const void* matrix, int32_t threads) {
+  return copy(*static_cast<const Matrix*>(matrix), threads);
+}
+
 LAYERWISE_API void layerwise_release(void* matrix) { release(static_cast<Matrix*>(matrix)); }
 
 LAYERWISE_API int64_t layerwise_bytes(const void* matrix) {
@@ -156,10 +160,11 @@ LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int
   return 0;
 }
 
-// Reads every whole line of `data`, which begins on one. The result keeps the compiler from leaving it out.
-LAYERWISE_API uint64_t layerwise_read(const char* path, const uint8_t* data, int64_t bytes, int32_t threads) {
-  Reading r = {path_named(path), data, bytes / kLine, 0};
+// Reads the whole matrix and computes nothing. The result keeps the compiler from leaving it out.
+LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int32_t threads) {
+  const Matrix& m = *static_cast<const Matrix*>(handle);
+  Reading r = {path_named(path), m.data, int64_t(m.bytes) / kLine, 0};
   if (r.path == nullptr) return 0;
-  parallel(threads, read_part, &r);
+  parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
   return r.found;
 }

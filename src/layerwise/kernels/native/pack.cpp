@@ -191,6 +191,40 @@ Matrix* repack(const Stored& s, int threads) {
   return m;
 }
 
+namespace {
+
+struct Copying {
+  const Matrix* from;
+  Matrix* to;
+};
+
+void copy_tiles(void* data, int part, int parts) {
+  const auto& c = *static_cast<Copying*>(data);
+  const int64_t first = c.from->tiles * part / parts, last = c.from->tiles * (part + 1) / parts;
+  const int64_t size = c.from->tile_bytes;
+  memcpy(c.to->data + first * size, c.from->data + first * size, size_t((last - first) * size));
+}
+
+}  // namespace
+
+Matrix* copy(const Matrix& from, int threads) {
+  auto* m = static_cast<Matrix*>(malloc(sizeof(Matrix)));
+  if (m == nullptr) return nullptr;
+  *m = from;
+  const size_t blocks = size_t(from.blocks) * sizeof(Block), factors = size_t(from.tiles * kRows) * sizeof(float);
+  m->block = static_cast<Block*>(malloc(blocks));
+  m->data = static_cast<uint8_t*>(aligned_memory(from.bytes));
+  m->factor = from.factor == nullptr ? nullptr : static_cast<float*>(aligned_memory(factors));
+  if (m->block == nullptr || m->data == nullptr || (from.factor != nullptr && m->factor == nullptr)) {
+    return release(m), nullptr;
+  }
+  memcpy(m->block, from.block, blocks);
+  if (m->factor != nullptr) memcpy(m->factor, from.factor, factors);
+  Copying copying = {&from, m};
+  parallel(threads, copy_tiles, &copying);
+  return m;
+}
+
 void release(Matrix* m) {
   if (m == nullptr) return;
   free(m->block);

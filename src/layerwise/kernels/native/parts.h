@@ -23,6 +23,7 @@ struct Stored {
 };
 
 Matrix* repack(const Stored& stored, int threads);  // null: it does not fit together, or there is no memory
+Matrix* copy(const Matrix& matrix, int threads);         // null: there is no memory
 void release(Matrix* matrix);
 
 // Rows of `width` floats: the columns of every block, then zeros up to whole units; and the sum of each block.
