@@ -38,7 +38,7 @@ RECIPES = ["rtn:bits=2,group=32", "rtn:bits=3,group=0", "rtn:bits=8,group=64", "
 
 @compiled
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("tokens", [1, 5, 140])
 def test_the_product_is_the_references(recipe: str, tokens: int):
     packed, form = linear(recipe)
     x = inputs(tokens, 96)

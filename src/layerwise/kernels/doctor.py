@@ -9,13 +9,15 @@ from pathlib import Path
 
 import torch
 
-from layerwise.kernels.library import KNOWN_PATHS, chosen_path, library, paths, why_absent
+from layerwise.kernels.library import chosen_path, library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.samples import SAMPLES, reference
 
 TOLERANCE = {"exact": 1e-5, "int8": 1e-2}  # of the reference's norm
-FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni")
-FEATURES += ("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16")
+FEATURES = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx_vnni",
+    "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16",
+)  # fmt: skip
 READ_BYTES = 256 << 20
 
 
@@ -106,11 +108,6 @@ def cache_bytes() -> int | None:
     """The last-level cache as the system reports it: shared ones of virtual machines are often misreported."""
     found = [_size(path) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((size for size in found if size is not None), default=None)
-
-
-def unknown_paths() -> tuple[str, ...]:
-    """Paths that this processor does not run."""
-    return tuple(path for path in KNOWN_PATHS if path not in paths())
 
 
 def _cpu_lines() -> list[str]:

@@ -80,15 +80,13 @@ def measure(
     for shape in shapes:
         for form in forms:
             shown(f"{form}, {shape[0]} x {shape[1]}")
-            rows += _measure(form, *shape, batches, rounds, set_bytes, path)
+            rows += _measure(form, *shape, batches, rounds, set_bytes)
     return Report(
         processor(), path, torch.get_num_threads(), set_bytes, cache_bytes(), str(torch.__version__), tuple(rows)
     )  # fmt: skip
 
 
-def _measure(
-    form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int, path: str
-) -> list[Row]:
+def _measure(form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int) -> list[Row]:
     sample = SAMPLES[form]
     first = PackedMatrix(sample.draw(rows, columns))
     packed = [first, *(first.copy() for _ in range(set_bytes // first.nbytes))]
@@ -98,14 +96,7 @@ def _measure(
     found = []
     for batch in batches:
         x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
-        small = x.bfloat16()
-        runs: dict[str, tuple[list[Any], Callable[[Any], object]]] = {
-            "read": (packed, lambda m: m.read(path)),
-            "exact": (packed, lambda m, x=x: m.multiply(x)),
-            "int8": (packed, lambda m, x=x: m.multiply(x, int8=True)),
-            "fp32": (dense, lambda w, x=x: torch.nn.functional.linear(x, w)),
-            "bf16": (halved, lambda w, x=small: torch.nn.functional.linear(x, w)),
-        }  # fmt: skip
+        runs = _products(packed, dense, halved, x)
         if sample.levels:
             del runs["int8"]
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -114,29 +105,30 @@ def _measure(
                 taken = _times(copies, product)
                 times[name] += taken if turn else []  # the first round meets page faults
         middle = {name: statistics.median(taken) for name, taken in times.items()}
-        for activations in ("exact", "int8"):
-            if activations in times:
-                taken = middle[activations]
-                found.append(
-                    Row(
-                        form,
-                        activations,
-                        rows,
-                        columns,
-                        batch,
-                        taken * 1e6,
-                        _spread(times[activations]) * 1e6,
-                        first.nbytes,
-                        middle["read"] / taken,
-                        middle["fp32"] / taken,
-                        middle["bf16"] / taken,
-                    )  # fmt: skip
-                )
+        for activations in (name for name in ("exact", "int8") if name in times):
+            median, spread = middle[activations], _spread(times[activations])
+            ratios = (middle["read"] / median, middle["fp32"] / median, middle["bf16"] / median)
+            size = (rows, columns, batch, median * 1e6, spread * 1e6, first.nbytes)
+            found.append(Row(form, activations, *size, *ratios))
     return found
 
 
+def _products(
+    packed: list[PackedMatrix], dense: list[Tensor], halved: list[Tensor], x: Tensor
+) -> dict[str, tuple[list[Any], Callable[[Any], object]]]:
+    """What is timed: name -> (the matrices, the product of one of them)."""
+    linear, small = torch.nn.functional.linear, x.bfloat16()
+    return {
+        "read": (packed, lambda matrix: matrix.read()),
+        "exact": (packed, lambda matrix: matrix.multiply(x)),
+        "int8": (packed, lambda matrix: matrix.multiply(x, int8=True)),
+        "fp32": (dense, lambda weight: linear(x, weight)),
+        "bf16": (halved, lambda weight: linear(small, weight)),
+    }
+
+
 @torch.inference_mode()
-def _times(copies: list[PackedMatrix] | list[Tensor], product: Callable[[Any], object]) -> list[float]:
+def _times(copies: list[Any], product: Callable[[Any], object]) -> list[float]:
     taken = []
     for weight in copies:
         began = time.perf_counter()

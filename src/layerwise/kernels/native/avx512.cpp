@@ -37,6 +37,7 @@ struct Simd {
   static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
   static inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
   static inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
   static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }

@@ -68,6 +68,7 @@ struct Simd {
   static inline Floats plus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] + b.lane[r]); }
   static inline Floats minus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] - b.lane[r]); }
   static inline Floats times(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] * b.lane[r]); }
+  static inline Ints plus(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] + b.lane[r]); }
   static inline Ints minus(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] - b.lane[r]); }
   static inline Ints times(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] * b.lane[r]); }
   static inline Floats fma(Floats a, Floats b, Floats c) { LAYERWISE_LANES(Floats, a.lane[r] * b.lane[r] + c.lane[r]); }

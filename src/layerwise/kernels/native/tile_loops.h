@@ -79,12 +79,13 @@ LAYERWISE_INLINE Simd::Floats block_zero(const Matrix& m, const uint8_t* tile, i
   return Simd::minus(Simd::halves(from + block * 2 * kRows), centre);
 }
 
-// Software prefetch this far ahead on the one stream of codes: beyond what the hardware has asked for at a page's end.
-constexpr int kAhead = 2048;
+// Software prefetch this far ahead on the one stream of codes, into the second-level cache: measured on Zen 4 against
+// the first level (whose few outstanding misses then are the limit) and against the hardware alone, a tenth to a third.
+constexpr int kAhead = 4096;
 
 template <int kBytes>
 LAYERWISE_INLINE void prefetch(const uint8_t* from) {
-  for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(from + kAhead + line);
+  for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(from + kAhead + line, 0, 2);
 }
 
 LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, Simd::Floats value, float* y) {
@@ -160,28 +161,41 @@ void int8_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t toke
     const int64_t own = b % m.blocks;
     const Block& block = m.block[own];
     const int8_t* x = a.codes + token * width + block.place;
-    Simd::Ints sum[kCount];
-    for (int t = 0; t < kCount; ++t) sum[t] = Simd::whole(0);
-    for (int32_t k = 0; k < block.padded; k += U::columns, codes += U::bytes, x += U::columns) {
+    // One or two tokens would wait for the last dot product: they have several sums each, over several units.
+    constexpr int chains = kCount <= 2 ? 4 / kCount : 1;
+    constexpr int units = chains > U::chunks ? chains / U::chunks : 1;
+    Simd::Ints sum[kCount][chains];
+    for (int t = 0; t < kCount; ++t)
+      for (int c = 0; c < chains; ++c) sum[t][c] = Simd::whole(0);
+    const auto add_unit = [&](auto unit) __attribute__((always_inline)) {
       prefetch<U::bytes>(codes);
       each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
         constexpr int c = decltype(chunk)::value;
+        constexpr int chain = (decltype(unit)::value * U::chunks + c) % chains;
         const Simd::Bytes q = chunk_codes<kBits, c>(codes);
 #pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) sum[t] = Simd::template dot<kBits>(sum[t], q, x + t * width + 4 * c);
+        for (int t = 0; t < kCount; ++t) {
+          sum[t][chain] = Simd::template dot<kBits>(sum[t][chain], q, x + t * width + 4 * c);
+        }
       });
-    }
+      codes += U::bytes, x += U::columns;
+    };
+    int32_t k = 0;
+    for (; k + units * U::columns <= block.padded; k += units * U::columns) each<0, units>(add_unit);
+    for (; k < block.padded; k += U::columns) add_unit(Number<0>());
     const Simd::Floats scale = block_scale(m, base, b);
 #pragma GCC unroll 8
     for (int t = 0; t < kCount; ++t) {
       const int64_t at = (token + t) * a.blocks + own;
       const int32_t count = a.counts[at];
+      Simd::Ints products = sum[t][0];
+      for (int c = 1; c < chains; ++c) products = Simd::plus(products, sum[t][c]);
       Simd::Floats s;
       if (m.zero_kind == kZeroByte) {
         const Simd::Ints zero = Simd::bytes(base + m.zero_at + b * kRows);
-        s = Simd::to_float(Simd::minus(sum[t], Simd::times(zero, Simd::whole(count))));
+        s = Simd::to_float(Simd::minus(products, Simd::times(zero, Simd::whole(count))));
       } else {
-        s = Simd::to_float(Simd::minus(sum[t], Simd::whole(m.centre * count)));
+        s = Simd::to_float(Simd::minus(products, Simd::whole(m.centre * count)));
         if (m.zero_kind == kZeroHalf) s = Simd::minus(s, Simd::times(block_zero(m, base, b), Simd::same(float(count))));
       }
       total[t] = Simd::fused(Simd::times(scale, Simd::same(a.steps[at])), s, total[t]);
