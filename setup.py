@@ -33,7 +33,7 @@ COMMON = [
     "-fno-math-errno",
     "-Wno-uninitialized",
 ]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
 class BuildKernels(build_ext):

@@ -16,8 +16,8 @@
 //     [ units of block 0, block 1, ... ][ 16 scales of each block ][ 16 zeros of each block ]    padded to 64 bytes
 //
 // A *block* is a run of columns with one scale: a group, or a piece of a long one, so that sums stay short. Blocks are
-// padded to whole units with code 0, whose activation is 0. A matrix that is a sum of planes (ternary) has the blocks of
-// every plane; they read the same activations.
+// padded to whole units with code 0, whose activation is 0. A matrix that is a sum of planes (ternary) has the blocks
+// of every plane; they read the same activations.
 #pragma once
 
 #include <stddef.h>

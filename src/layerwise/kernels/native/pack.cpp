@@ -70,7 +70,8 @@ void place_row(int bits, const Block& block, const uint8_t* codes, int row, uint
 }
 
 bool sound(const Stored& s) {
-  if (s.rows < 1 || s.columns < 1 || s.rows > INT_MAX || s.columns > INT_MAX || s.rows * s.columns > (int64_t(1) << 40)) return false;
+  if (s.rows < 1 || s.columns < 1 || s.rows > INT_MAX || s.columns > INT_MAX) return false;
+  if (s.rows * s.columns > int64_t(1) << 40) return false;
   if (s.bits < 2 || s.bits > 8 || s.planes < 1 || s.planes > 4 || s.group < 1 || s.group > s.columns) return false;
   if (s.trits && s.bits != 2) return false;
   if (s.levels != nullptr && (s.bits != 4 || s.zero_kind != kZeroNone)) return false;
@@ -134,7 +135,8 @@ void pack_tiles(void* data, int part, int parts) {
           const int64_t from = of_plane * groups + block.column / s.group;
           const int64_t to = (int64_t(plane) * m.blocks + b) * kRows + lane;
           memcpy(base + m.scale_at + to * scale_size, s.scale + from * scale_size, size_t(scale_size));
-          if (m.zero_kind != kZeroNone) memcpy(base + m.zero_at + to * zero_size, s.zero + from * zero_size, size_t(zero_size));
+          if (m.zero_kind == kZeroNone) continue;
+          memcpy(base + m.zero_at + to * zero_size, s.zero + from * zero_size, size_t(zero_size));
         }
       }
     }

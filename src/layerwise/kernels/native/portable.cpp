@@ -73,7 +73,9 @@ struct Simd {
   static inline Ints times(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] * b.lane[r]); }
   static inline Floats fma(Floats a, Floats b, Floats c) { LAYERWISE_LANES(Floats, a.lane[r] * b.lane[r] + c.lane[r]); }
   // Where the result must be that of the fused instruction: exact, and slow without one.
-  static inline Floats fused(Floats a, Floats b, Floats c) { LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r])); }
+  static inline Floats fused(Floats a, Floats b, Floats c) {
+    LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES

@@ -1,6 +1,6 @@
-// Threads. The host (torch) already has a pool of OpenMP threads, which spin for a while after their work; a second pool
-// would fight with them over the cores. So its entry points are looked up at run time, which is no link to it: a build
-// needs no OpenMP. Where the host has none, threads are started for the call.
+// Threads. The host (torch) already has a pool of OpenMP threads, which spin for a while after their work; a second
+// pool would fight with them over the cores. So its entry points are looked up at run time, which is no link to it: a
+// build needs no OpenMP. Where the host has none, threads are started for the call.
 #include "parts.h"
 
 #include <dlfcn.h>

@@ -69,7 +69,8 @@ LAYERWISE_INLINE void each(Body&& body) {
 // The block's scales, and its zeros less the centre.
 LAYERWISE_INLINE Simd::Floats block_scale(const Matrix& m, const uint8_t* tile, int64_t block) {
   const uint8_t* from = tile + m.scale_at;
-  return m.scale_kind == kScaleHalf ? Simd::halves(from + block * 2 * kRows) : Simd::to_float(Simd::bytes(from + block * kRows));
+  if (m.scale_kind == kScaleHalf) return Simd::halves(from + block * 2 * kRows);
+  return Simd::to_float(Simd::bytes(from + block * kRows));
 }
 
 LAYERWISE_INLINE Simd::Floats block_zero(const Matrix& m, const uint8_t* tile, int64_t block) {
@@ -249,7 +250,9 @@ template <int kBits, bool kTable>
 void float_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t t = 0;
-    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) float_tile<kBits, kTable, Simd::kTokens>(m, a, tile, t, y, stride);
+    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) {
+      float_tile<kBits, kTable, Simd::kTokens>(m, a, tile, t, y, stride);
+    }
     if constexpr (Simd::kTokens > 2) {
       for (; t + 2 <= a.tokens; t += 2) float_tile<kBits, kTable, 2>(m, a, tile, t, y, stride);
     }
@@ -261,7 +264,9 @@ template <int kBits>
 void int8_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t t = 0;
-    for (; t + Simd::kInt8Tokens <= a.tokens; t += Simd::kInt8Tokens) int8_tile<kBits, Simd::kInt8Tokens>(m, a, tile, t, y, stride);
+    for (; t + Simd::kInt8Tokens <= a.tokens; t += Simd::kInt8Tokens) {
+      int8_tile<kBits, Simd::kInt8Tokens>(m, a, tile, t, y, stride);
+    }
     if constexpr (Simd::kInt8Tokens > 2) {
       for (; t + 2 <= a.tokens; t += 2) int8_tile<kBits, 2>(m, a, tile, t, y, stride);
     }
@@ -271,7 +276,9 @@ void int8_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t la
 
 template <int kBits, bool kTable>
 void decode_tiles(const Matrix& m, int64_t first, int64_t last, float* y, int64_t stride) {
-  for (int64_t tile = first; tile < last; ++tile) decode_tile<kBits, kTable>(m, tile, y + (tile - first) * kRows, stride);
+  for (int64_t tile = first; tile < last; ++tile) {
+    decode_tile<kBits, kTable>(m, tile, y + (tile - first) * kRows, stride);
+  }
 }
 
 // Calls what(Number<bits>) for the matrix's bits.
