@@ -95,7 +95,8 @@ def _chosen(wanted: str) -> str | None:
         raise InputError(f"{VARIABLE} is one of {', '.join(known)}, not {wanted!r}{nearest(wanted, list(known))}")
     here = paths()
     if not here:
-        warnings.warn(f"packed weights are multiplied by torch, slowly: {why_absent()}", RuntimeWarning, stacklevel=2)
+        said = f"torch multiplies packed weights, slowly, since there are no compiled kernels: {why_absent()}"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
         return None
     if wanted and wanted not in here:
         raise InputError(f"{VARIABLE} names {wanted}, but this processor runs {', '.join(here)}")
@@ -106,7 +107,7 @@ def _chosen(wanted: str) -> str | None:
 def _load() -> tuple[ctypes.CDLL | None, str]:
     built = sorted(Path(__file__).parent.glob("_native*.so"))
     if not built:
-        return None, "layerwise was installed without a C++ compiler; install it again where there is one"
+        return None, "they were not compiled; install layerwise again where there is a C++ compiler"
     suffix = _suffix()
     own = [path for path in built if path.name == f"_native{suffix}"] or built
     try:
@@ -115,9 +116,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as broken:
-        return None, f"the compiled kernels cannot be loaded ({broken})"
+        return None, f"they cannot be loaded ({broken})"
     if found.layerwise_version() != VERSION:
-        return None, "the compiled kernels are of another version of layerwise; install it again"
+        return None, "they are of another version of layerwise; install it again"
     return found, ""
 
 

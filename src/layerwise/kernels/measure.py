@@ -27,6 +27,7 @@ SET_BYTES = 208_000_000
 SHAPES = ((4096, 4096), (11008, 4096))
 BATCHES = (1, 8, 32)
 LARGEST_SIDE = 1 << 16
+MOST_COPIES = 4096
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def measure(
     """Time every form on every shape and batch. Raises ``InputError`` for settings that mean nothing, or no kernels."""
     path = chosen_path()
     if path is None:
-        raise InputError(f"there is nothing to measure: {why_absent() or 'the compiled kernels are turned off'}")
+        raise InputError(f"there is nothing to measure: {why_absent() or 'the kernels are turned off'}")
     if rounds < 1 or any(not 1 <= batch <= 4096 for batch in batches):
         raise InputError("a benchmark has at least one round and batches of 1 to 4096 tokens")
     if any(not 1 <= side <= LARGEST_SIDE for shape in shapes for side in shape):
@@ -89,6 +90,8 @@ def measure(
 def _measure(form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int) -> list[Row]:
     sample = SAMPLES[form]
     first = PackedMatrix(sample.draw(rows, columns))
+    if set_bytes // first.nbytes > MOST_COPIES:
+        raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
     packed = [first, *(first.copy() for _ in range(set_bytes // first.nbytes))]
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     dense = [weight.clone() for _ in range(-(-set_bytes // (4 * weight.numel())))]

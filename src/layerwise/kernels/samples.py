@@ -23,7 +23,7 @@ class Sample:
     def draw(self, rows: int, columns: int, seed: int = 0) -> Canonical:
         """A matrix of random codes, scales and zeros (never zero pages, which the machine would share)."""
         g = torch.Generator().manual_seed(seed)
-        group = self.group or columns
+        group = min(self.group, columns)
         groups = -(-columns // group)
         width = -(-columns // 5) if self.trits else sum(-(-columns * w // 8) for w in (8, 4, 2, 1) if self.bits & w)
         scale = torch.rand(rows, groups, generator=g).add(0.5).mul(2.0**-self.bits).half()
