@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench docs clean
+.PHONY: help demo test lint format bench docs sanitize clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,8 +34,9 @@ $(VENV)/.torch: requirements/runtime.txt $(VENV)/.python
 	@$(PIP) install --constraint requirements/runtime.txt torch==2.13.0
 	@touch $@
 
-$(VENV)/.runtime: pyproject.toml requirements/runtime.txt $(VENV)/.torch
-	@echo "installing layerwise and what it needs"
+# The installation compiles the kernels, where there is a compiler, and is made again when their source changes.
+$(VENV)/.runtime: pyproject.toml setup.py requirements/runtime.txt $(wildcard src/layerwise/kernels/native/*) $(VENV)/.torch
+	@echo "installing layerwise and what it needs, compiling its kernels"
 	@$(PIP) install --requirement requirements/runtime.txt
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
@@ -95,6 +96,14 @@ docs: $(VENV)/.docs  ## build the user guide into build/site
 	$(BIN)/mkdocs build --strict
 	@echo "$(CURDIR)/build/site/index.html"
 
+# Built in place, since that is where the package looks, and built again as it was. Leaks are Python's own business.
+SANITIZERS = $$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)
+sanitize: $(VENV)/.dev  ## test the kernels under AddressSanitizer and UBSan
+	LAYERWISE_SANITIZE=1 $(BIN)/python setup.py --quiet build_ext --inplace --force
+	status=0; LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest tests/kernels $(ARGS) || status=$$?; \
+	$(BIN)/python setup.py --quiet build_ext --inplace --force; exit $$status
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/layerwise/kernels/*.so
 	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""``layerwise bench TECHNIQUE``: measure a technique's evidence again."""
+"""``layerwise bench TECHNIQUE``: measure a technique's evidence again; ``layerwise bench kernels``: the products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from layerwise.cli import shared
+from layerwise.cli.bench_kernels import bench_kernels
 
 if TYPE_CHECKING:
     from layerwise.evidence.rows import Evidence
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 
 def bench(
     technique: Annotated[
-        str, typer.Argument(help="A technique, or one with options: gptq:bits=3,group=128.", metavar="TECHNIQUE")
+        str,
+        typer.Argument(
+            help="A technique, or one with options: gptq:bits=3,group=128. Or kernels, for the packed products.",
+            metavar="TECHNIQUE",
+        ),
     ],
     network: Annotated[
         Optional[str],  # noqa: UP045
@@ -34,9 +39,14 @@ def bench(
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 128,
     workers: shared.Workers = None,
     write: Annotated[bool, typer.Option("--write", help="Write the rows to the technique's evidence file.")] = False,
+    shapes: Annotated[str, typer.Option(metavar="MxN,..", help="Matrices of kernels; 4096x4096,11008x4096.")] = "",
+    batches: Annotated[str, typer.Option(metavar="A,B", help="Tokens in a batch of kernels; 1,8,32.")] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds of measuring kernels.")] = 5,
     json: shared.Json = False,
 ) -> None:
-    """Measure TECHNIQUE against its baseline at equal bytes, and print its evidence rows."""
+    """Measure TECHNIQUE against its baseline at equal bytes, and print its evidence rows; or time the kernels."""
+    if technique == "kernels":
+        return bench_kernels(shapes, batches, rounds, json)
     from layerwise.bench import Bench, check, read_seeds
     from layerwise.bench import bench as run
     from layerwise.evidence.rows import Evidence, evidence_file, read_evidence, write_evidence

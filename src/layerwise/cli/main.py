@@ -16,6 +16,7 @@ from layerwise.cli import (
     calibrate,
     compare,
     compress,
+    doctor,
     evaluate,
     export,
     inspect,
@@ -48,6 +49,7 @@ app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("doctor")(doctor.doctor)
 
 
 RESUMABLE = ("compress", "calibrate", "plan")

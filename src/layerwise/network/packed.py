@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
+from layerwise.encoding.repacked import repack
+from layerwise.errors import InputError
+from layerwise.kernels.matrix import PackedMatrix
+
+ACTIVATIONS = ("exact", "int8")
 
 
 class Packed(nn.Module):
@@ -35,6 +40,8 @@ class Packed(nn.Module):
         # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
         self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
+        self._repacked: tuple[Encoded, tuple[int, ...], PackedMatrix | None] | None = None
+        self.int8_activations = False  # see set_activations
 
     @property
     def encoded(self) -> Encoded:
@@ -44,6 +51,22 @@ class Packed(nn.Module):
             tensors = {suffix: self._buffers[name] for name, suffix in self.stored.items()}
             self._restored = buffers, restore_form(self.spec, tensors)  # type: ignore[arg-type, assignment]
         return self._restored[1]  # type: ignore[index]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``x W^T`` in ``x``'s dtype, by a compiled kernel where the form has one and nothing but values is wanted."""
+        kernel = self._kernel() if kernel_takes(x) else None
+        if kernel is None:
+            return self.encoded.multiply(x)
+        return kernel.multiply(x, int8=self.int8_activations and not kernel.table)
+
+    def _kernel(self) -> PackedMatrix | None:
+        """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
+        form = self.encoded
+        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
+        versions = tuple(0 if t.is_inference() else t._version for t in buffers)
+        if self._repacked is None or self._repacked[0] is not form or self._repacked[1] != versions:
+            self._repacked = form, versions, repack(form)
+        return self._repacked[2]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,7 +89,7 @@ class Packed(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_restored": None}  # restored again from the copied buffers
+        return {**self.__dict__, "_restored": None, "_repacked": None}  # made again from the copied buffers
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         import copy
@@ -128,7 +151,7 @@ class PackedLinear(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         grid = self.inputs
-        y = self.encoded.multiply(x if grid is None else grid.rounded(x))
+        y = self.multiply(x if grid is None else grid.rounded(x))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -203,9 +226,36 @@ class PackedHead(nn.Module):
         return self.table.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.table.encoded.multiply(x)
+        y = self.table.multiply(x)
         bias = self.bias if self.bias_owner is None else self.bias_owner.bias
         return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, tied"
+
+
+def kernel_takes(x: Tensor) -> bool:
+    """Whether a compiled kernel may see ``x``: plain values on the CPU, with no gradient to record and no tracing."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and type(x) in (Tensor, nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap and grad hand over tensors without memory
+    )
+
+
+def set_activations(network: nn.Module, activations: str) -> int:
+    """Choose how the packed modules of ``network`` take their inputs, and return how many there are.
+
+    ``exact``: as they are. ``int8``: rounded to int8 per token and group of columns before the product, which is
+    faster and costs about half a percent of a layer's output. Forms without such a kernel stay exact.
+    """
+    if activations not in ACTIVATIONS:
+        raise InputError(f"activations are {' or '.join(ACTIVATIONS)}, not {activations!r}")
+    packed = [module for module in network.modules() if isinstance(module, Packed)]
+    for module in packed:
+        module.int8_activations = activations == "int8"
+    return len(packed)

@@ -1,0 +1,75 @@
+"""Builds the packed kernels beside the Python package; everything else is in pyproject.toml.
+
+The library is loaded with ctypes, so it needs neither Python's headers nor torch. Each instruction set has a source
+file and flags of its own, which a setuptools extension cannot say by itself. Where there is no compiler, or it fails,
+the package is installed without the library and multiplies with torch instead (``layerwise doctor`` says so).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+NATIVE = Path("src/layerwise/kernels/native")
+X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+FLAGS = {
+    "portable.cpp": ["-O2"],  # a third of -O3's time and half of its size
+    "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+}
+# No -ffast-math and no contraction: what is rounded, and when, is part of what the tests hold.
+COMMON = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wno-uninitialized",
+]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
+UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]  # minutes in the unrolled loops: not there
+
+
+class BuildKernels(build_ext):
+    """Compiles every source with the flags of its instruction set."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type != "unix":
+            raise CompileError("the kernels are built with a compiler that takes the options of GCC and Clang")
+        common = COMMON + (["-DLAYERWISE_X86"] if X86 else [])
+        sanitize = SANITIZE if os.environ.get("LAYERWISE_SANITIZE") else []
+        objects: list[str] = []
+        for source in ext.sources:
+            name = Path(source).name
+            checked = sanitize + (UNDEFINED if sanitize and name not in FLAGS else [])
+            flags = common + FLAGS.get(name, []) + checked
+            objects += self.compiler.compile(
+                [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
+            )
+        libraries = ["dl", "pthread"] if sys.platform == "linux" else []
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=libraries,
+            extra_postargs=sanitize + (UNDEFINED if sanitize else []),
+            target_lang="c++",
+            build_temp=self.build_temp,
+        )
+
+
+sources = [path for path in sorted(NATIVE.glob("*.cpp")) if X86 or not path.name.startswith("avx")]
+kernels = Extension(
+    "layerwise.kernels._native",
+    sources=[str(path) for path in sources],
+    depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
+    language="c++",
+    optional=True,
+)
+setup(ext_modules=[kernels], cmdclass={"build_ext": BuildKernels})

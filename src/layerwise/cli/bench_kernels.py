@@ -1,0 +1,50 @@
+"""``layerwise bench kernels``: how fast the packed products are here."""
+
+from __future__ import annotations
+
+from layerwise.cli import shared
+
+
+def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
+    """Time the packed products; read by ``layerwise bench kernels``."""
+    from layerwise.kernels.measure import BATCHES, SHAPES, measure
+
+    progress = shared.Bar(quiet=json)
+    found = measure(
+        tuple((pair[0], pair[1]) for pair in numbers(shapes, 2)) if shapes else SHAPES,
+        tuple(single[0] for single in numbers(batches, 1)) if batches else BATCHES,
+        rounds,
+        shown=progress.note,
+    )
+    if json:
+        shared.print_json(found.as_dict())
+        return
+    cache = "unknown" if found.cache_bytes is None else f"{found.cache_bytes / 2**20:.0f} MiB"
+    shared.print_table(
+        f"{found.processor}, path {found.path}, {found.threads} threads, torch {found.torch}; weights from memory: "
+        f"a set of {found.set_bytes / 1e6:.0f} MB, last cache {cache}",
+        ("form", "activations", "matrix", "batch", "median µs", "±", "packed bytes", "of reading", "fp32 ×", "bf16 ×"),
+        [
+            (
+                row.form, row.activations, f"{row.rows} x {row.columns}", str(row.batch), f"{row.microseconds:.0f}",
+                f"{row.spread:.0f}", f"{row.bytes:,}", f"{row.share:.0%}", f"{row.over_fp32:.2f}",
+                f"{row.over_bf16:.2f}",
+            )
+            for row in found.rows
+        ],
+        numeric=(3, 4, 5, 6, 7, 8, 9),
+    )  # fmt: skip
+
+
+def numbers(text: str, count: int) -> list[tuple[int, ...]]:
+    """``4096x4096,11008x4096`` -> pairs, ``1,8`` -> single numbers."""
+    from layerwise.errors import InputError
+
+    found = []
+    for piece in text.split(","):
+        parts = piece.lower().split("x")
+        if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+            wanted = "shapes are written 4096x4096,11008x4096" if count == 2 else "batches are written 1,8,32"
+            raise InputError(f"{wanted}, not {text!r}")
+        found.append(tuple(int(part) for part in parts))
+    return found

@@ -1,0 +1,128 @@
+"""The compiled library: finding it, choosing a path through it, and its C interface.
+
+``paths()`` are the instruction sets that it was compiled for and this processor has, best first; the first is taken
+unless the environment variable ``LAYERWISE_KERNELS`` names another, or ``off`` for torch's reference everywhere. Where
+the library was not built (no compiler at installation) or is of another version, there are no paths, and the first
+product that would have used one says so in one warning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import warnings
+from functools import cache
+from pathlib import Path
+
+from layerwise.errors import InputError, nearest
+
+VARIABLE = "LAYERWISE_KERNELS"
+OFF = "off"
+VERSION = 1  # of the C interface
+KNOWN_PATHS = ("avx512", "avx2", "portable")
+
+
+class Stored(ctypes.Structure):
+    """A matrix in its stored form, as ``native/parts.h`` declares it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "bits", "planes", "group")),
+        *((name, ctypes.c_int64) for name in ("trits", "scale_kind", "zero_kind", "centre")),
+        ("codes", ctypes.c_void_p), ("codes_bytes", ctypes.c_int64),
+        ("scale", ctypes.c_void_p), ("scale_bytes", ctypes.c_int64),
+        ("zero", ctypes.c_void_p), ("zero_bytes", ctypes.c_int64),
+        ("factor", ctypes.c_void_p), ("levels", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "layerwise_version": (ctypes.c_int32, ()),
+    "layerwise_threads": (ctypes.c_char_p, ()),
+    "layerwise_path": (ctypes.c_char_p, (ctypes.c_int32,)),
+    "layerwise_repack": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_copy": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int32)),
+    "layerwise_release": (None, (ctypes.c_void_p,)),
+    "layerwise_bytes": (ctypes.c_int64, (ctypes.c_void_p,)),
+    "layerwise_multiply": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+        + (ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
+    ),
+    "layerwise_decode": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
+        + (ctypes.c_int32,),
+    ),
+    "layerwise_read": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)),
+}
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None; ``why_absent`` says why."""
+    return _load()[0]
+
+
+def why_absent() -> str:
+    """Why there is no library, as a clause; empty when there is one."""
+    return _load()[1]
+
+
+def paths() -> tuple[str, ...]:
+    """The paths that run here, best first; none without the library."""
+    loaded = library()
+    if loaded is None:
+        return ()
+    named = (loaded.layerwise_path(index) for index in range(len(KNOWN_PATHS)))
+    return tuple(name.decode() for name in named if name is not None)
+
+
+def chosen_path() -> str | None:
+    """The path that products take, None for torch's reference.
+
+    Raises ``InputError`` where the environment variable names a path that does not exist or does not run here.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    return _chosen(wanted)
+
+
+@cache
+def _chosen(wanted: str) -> str | None:
+    if wanted == OFF:
+        return None
+    if wanted and wanted not in KNOWN_PATHS:
+        known = (*KNOWN_PATHS, OFF)
+        raise InputError(f"{VARIABLE} is one of {', '.join(known)}, not {wanted!r}{nearest(wanted, list(known))}")
+    here = paths()
+    if not here:
+        said = f"torch multiplies packed weights, slowly, since there are no compiled kernels: {why_absent()}"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+        return None
+    if wanted and wanted not in here:
+        raise InputError(f"{VARIABLE} names {wanted}, but this processor runs {', '.join(here)}")
+    return wanted or here[0]
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    built = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not built:
+        return None, "they were not compiled; install layerwise again where there is a C++ compiler"
+    suffix = _suffix()
+    own = [path for path in built if path.name == f"_native{suffix}"] or built
+    try:
+        found = ctypes.CDLL(str(own[0]))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(found, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as broken:
+        return None, f"they cannot be loaded ({broken})"
+    if found.layerwise_version() != VERSION:
+        return None, "they are of another version of layerwise; install it again"
+    return found, ""
+
+
+def _suffix() -> str:
+    import sysconfig
+
+    return str(sysconfig.get_config_var("EXT_SUFFIX"))

@@ -1,0 +1,145 @@
+"""How fast the packed products are, against what memory allows and against torch's dense products.
+
+For each shape a set of more than ``SET_BYTES`` of every form is made, so that weights come from memory and not from a
+cache, and all of them are timed in turn, round after round: what else the machine does meets all alike. A row's share
+is packed bytes over median time, over the bandwidth of only reading the same bytes with the same threads in the same
+rounds. Figures are of one machine at one time; nothing here judges them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InputError
+from layerwise.kernels.doctor import cache_bytes, processor
+from layerwise.kernels.library import chosen_path, why_absent
+from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.samples import SAMPLES
+
+SET_BYTES = 208_000_000
+SHAPES = ((4096, 4096), (11008, 4096))
+BATCHES = (1, 8, 32)
+LARGEST_SIDE = 1 << 16
+MOST_COPIES = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product, medians of all rounds. Ratios are dense time over this one's: above 1 is faster than dense."""
+
+    form: str
+    activations: str
+    rows: int
+    columns: int
+    batch: int
+    microseconds: float
+    spread: float  # of the middle half of the rounds, in microseconds
+    bytes: int
+    share: float
+    over_fp32: float
+    over_bf16: float
+
+
+@dataclass(frozen=True)
+class Report:
+    processor: str
+    path: str
+    threads: int
+    set_bytes: int
+    cache_bytes: int | None
+    torch: str
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    shapes: tuple[tuple[int, int], ...] = SHAPES,
+    batches: tuple[int, ...] = BATCHES,
+    rounds: int = 5,
+    forms: tuple[str, ...] = tuple(SAMPLES),
+    set_bytes: int = SET_BYTES,
+    shown: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Time every form on every shape and batch. Raises ``InputError`` for settings that mean nothing, or no kernels."""
+    path = chosen_path()
+    if path is None:
+        raise InputError(f"there is nothing to measure: {why_absent() or 'the kernels are turned off'}")
+    if rounds < 1 or any(not 1 <= batch <= 4096 for batch in batches):
+        raise InputError("a benchmark has at least one round and batches of 1 to 4096 tokens")
+    if any(not 1 <= side <= LARGEST_SIDE for shape in shapes for side in shape):
+        raise InputError(f"the sides of a shape are 1 to {LARGEST_SIDE}")
+    rows: list[Row] = []
+    for shape in shapes:
+        for form in forms:
+            shown(f"{form}, {shape[0]} x {shape[1]}")
+            rows += _measure(form, *shape, batches, rounds, set_bytes)
+    return Report(
+        processor(), path, torch.get_num_threads(), set_bytes, cache_bytes(), str(torch.__version__), tuple(rows)
+    )  # fmt: skip
+
+
+def _measure(form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int) -> list[Row]:
+    sample = SAMPLES[form]
+    first = PackedMatrix(sample.draw(rows, columns))
+    if set_bytes // first.nbytes > MOST_COPIES:
+        raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
+    packed = [first, *(first.copy() for _ in range(set_bytes // first.nbytes))]
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+    dense = [weight.clone() for _ in range(-(-set_bytes // (4 * weight.numel())))]
+    halved = [weight.bfloat16() for _ in range(-(-set_bytes // (2 * weight.numel())))]
+    found = []
+    for batch in batches:
+        x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
+        runs = _products(packed, dense, halved, x)
+        if sample.levels:
+            del runs["int8"]
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for turn in range(rounds + 1):
+            for name, (copies, product) in runs.items():
+                taken = _times(copies, product)
+                times[name] += taken if turn else []  # the first round meets page faults
+        middle = {name: statistics.median(taken) for name, taken in times.items()}
+        for activations in (name for name in ("exact", "int8") if name in times):
+            median, spread = middle[activations], _spread(times[activations])
+            ratios = (middle["read"] / median, middle["fp32"] / median, middle["bf16"] / median)
+            size = (rows, columns, batch, median * 1e6, spread * 1e6, first.nbytes)
+            found.append(Row(form, activations, *size, *ratios))
+    return found
+
+
+def _products(
+    packed: list[PackedMatrix], dense: list[Tensor], halved: list[Tensor], x: Tensor
+) -> dict[str, tuple[list[Any], Callable[[Any], object]]]:
+    """What is timed: name -> (the matrices, the product of one of them)."""
+    linear, small = torch.nn.functional.linear, x.bfloat16()
+    return {
+        "read": (packed, lambda matrix: matrix.read()),
+        "exact": (packed, lambda matrix: matrix.multiply(x)),
+        "int8": (packed, lambda matrix: matrix.multiply(x, int8=True)),
+        "fp32": (dense, lambda weight: linear(x, weight)),
+        "bf16": (halved, lambda weight: linear(small, weight)),
+    }
+
+
+@torch.inference_mode()
+def _times(copies: list[Any], product: Callable[[Any], object]) -> list[float]:
+    taken = []
+    for weight in copies:
+        began = time.perf_counter()
+        product(weight)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+def _spread(times: list[float]) -> float:
+    ordered = sorted(times)
+    return ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]

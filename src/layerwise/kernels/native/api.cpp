@@ -1,0 +1,170 @@
+// The C interface that Python calls. Nothing is thrown across it: 0 is success, and what cannot be done is said by a
+// number or a null pointer. Handles are checked by Python, which alone makes and keeps them.
+#include <stdlib.h>
+#include <string.h>
+
+#include "parts.h"
+
+using namespace layerwise;
+
+namespace {
+
+bool runs_avx2() {
+#if defined(LAYERWISE_X86)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+  return false;
+#endif
+}
+
+bool runs_avx512() {
+#if defined(LAYERWISE_X86)
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Best first.
+const Path* path_at(int index) {
+  const Path* known[4];
+  int count = 0;
+#if defined(LAYERWISE_X86)
+  if (runs_avx512()) known[count++] = &kAvx512;
+  if (runs_avx2()) known[count++] = &kAvx2;
+#endif
+  known[count++] = &kPortable;
+  return index >= 0 && index < count ? known[index] : nullptr;
+}
+
+const Path* path_named(const char* name) {
+  for (int i = 0; const Path* path = path_at(i); ++i) {
+    if (strcmp(path->name, name) == 0) return path;
+  }
+  return nullptr;
+}
+
+constexpr int64_t kSerialBytes = 64 << 10;  // below this a fork and join takes longer than the product
+
+int useful_threads(int64_t bytes, int64_t tiles, int threads) {
+  if (bytes < kSerialBytes || threads < 1) return 1;
+  return threads < tiles ? threads : int(tiles);
+}
+
+struct Product {
+  const Path* path;
+  const Matrix* matrix;
+  const Activations* activations;
+  int64_t first, last;
+  float* y;
+  int64_t stride;
+};
+
+void multiply_part(void* data, int part, int parts) {
+  const auto& p = *static_cast<Product*>(data);
+  const int64_t tiles = p.last - p.first;
+  const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
+  const auto multiply = p.activations->codes != nullptr ? p.path->multiply_int8 : p.path->multiply_float;
+  if (first < last) multiply(*p.matrix, *p.activations, first, last, p.y, p.stride);
+}
+
+void decode_part(void* data, int part, int parts) {
+  const auto& p = *static_cast<Product*>(data);
+  const int64_t tiles = p.last - p.first;
+  const int64_t first = tiles * part / parts, last = tiles * (part + 1) / parts;
+  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.y + first * kRows, p.stride);
+}
+
+struct Reading {
+  const Path* path;
+  const uint8_t* data;
+  int64_t lines;
+  uint64_t found;
+};
+
+void read_part(void* data, int part, int parts) {
+  auto& r = *static_cast<Reading*>(data);
+  const int64_t first = r.lines * part / parts, last = r.lines * (part + 1) / parts;
+  const uint64_t sum = r.path->read(r.data + first * kLine, size_t((last - first) * kLine));
+  __atomic_fetch_xor(&r.found, sum, __ATOMIC_RELAXED);
+}
+
+}  // namespace
+
+#define LAYERWISE_API extern "C" __attribute__((visibility("default")))
+
+LAYERWISE_API int32_t layerwise_version() { return 1; }
+
+LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
+
+// Name of the index-th path that this processor runs, best first; null behind the last.
+LAYERWISE_API const char* layerwise_path(int32_t index) {
+  const Path* path = path_at(index);
+  return path == nullptr ? nullptr : path->name;
+}
+
+LAYERWISE_API void* layerwise_repack(const Stored* stored, int64_t size, int32_t threads) {
+  if (stored == nullptr || size != int64_t(sizeof(Stored))) return nullptr;
+  return repack(*stored, threads);
+}
+
+LAYERWISE_API void* layerwise_copy(const void* matrix, int32_t threads) {
+  return copy(*static_cast<const Matrix*>(matrix), threads);
+}
+
+LAYERWISE_API void layerwise_release(void* matrix) { release(static_cast<Matrix*>(matrix)); }
+
+LAYERWISE_API int64_t layerwise_bytes(const void* matrix) {
+  return int64_t(static_cast<const Matrix*>(matrix)->bytes);
+}
+
+// y [tokens, rows] = x [tokens, columns] W^T, both with a stride between tokens and 1 between features; any alignment
+// of a float. 0 done; 1 no such path; 2 the form has no int8 product; 3 no memory.
+LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, const float* x, int64_t tokens,
+                                         int64_t x_stride, float* y, int64_t y_stride, int32_t int8, int32_t threads) {
+  const Matrix& m = *static_cast<const Matrix*>(handle);
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, y, y_stride};
+  if (p.path == nullptr) return 1;
+  if (int8 && m.table) return 2;
+  if (tokens < 1) return 0;
+  const size_t values = size_t(tokens) * size_t(m.width), sums = size_t(tokens) * size_t(m.blocks);
+  const size_t padded = (values * (int8 ? 1 : 4) + kLine - 1) / kLine * kLine;
+  auto* memory = static_cast<uint8_t*>(aligned_memory(padded + sums * 8));
+  if (memory == nullptr) return 3;
+  Activations a = {tokens, m.width, m.blocks, nullptr, nullptr, nullptr, nullptr, nullptr};
+  auto* first = reinterpret_cast<float*>(memory + padded);
+  if (int8) {
+    auto* counts = reinterpret_cast<int32_t*>(first + sums);
+    quantize(m, x, tokens, x_stride, reinterpret_cast<int8_t*>(memory), first, counts);
+    a.codes = reinterpret_cast<const int8_t*>(memory), a.steps = first, a.counts = counts;
+  } else {
+    spread(m, x, tokens, x_stride, reinterpret_cast<float*>(memory), first);
+    a.values = reinterpret_cast<const float*>(memory), a.sums = first;
+  }
+  p.activations = &a;
+  parallel(useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads), multiply_part, &p);
+  free(memory);
+  return 0;
+}
+
+// Tiles first .. last-1 as float32, transposed: y [columns, stride], 16 values a tile. 0 done; 1 no such path; 4 no
+// such tiles.
+LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
+                                       int64_t stride, int32_t threads) {
+  const Matrix& m = *static_cast<const Matrix*>(handle);
+  Product p = {path_named(path), &m, nullptr, first, last, y, stride};
+  if (p.path == nullptr) return 1;
+  if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
+  parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);
+  return 0;
+}
+
+// Reads the whole matrix and computes nothing. The result keeps the compiler from leaving it out.
+LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int32_t threads) {
+  const Matrix& m = *static_cast<const Matrix*>(handle);
+  Reading r = {path_named(path), m.data, int64_t(m.bytes) / kLine, 0};
+  if (r.path == nullptr) return 0;
+  parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
+  return r.found;
+}

@@ -1,0 +1,156 @@
+// AVX2, FMA and F16C: a tile's 16 rows are two registers.
+#include <immintrin.h>
+
+#include "layout.h"
+
+namespace {
+
+struct Simd {
+  struct Floats {
+    __m256 low, high;
+  };
+  struct Ints {
+    __m256i low, high;
+  };
+  using Bytes = Ints;
+  static constexpr int kChains = 2;  // times two halves
+  static constexpr int kTokens = 2;  // 8 sums of 16 registers
+  static constexpr int kInt8Tokens = 4;
+
+  static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
+  static inline Bytes load(const uint8_t* from) { return {half(from), half(from + 32)}; }
+  static inline Bytes join(Bytes a, Bytes b) {
+    return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
+  }
+
+  template <int kShift, int kMask>
+  static inline Bytes field(Bytes v) {
+    if constexpr (kShift > 0) v = {_mm256_srli_epi16(v.low, kShift), _mm256_srli_epi16(v.high, kShift)};
+    if constexpr (kShift < 0) v = {_mm256_slli_epi16(v.low, -kShift), _mm256_slli_epi16(v.high, -kShift)};
+    const __m256i mask = _mm256_set1_epi8(char(kMask));
+    return {_mm256_and_si256(v.low, mask), _mm256_and_si256(v.high, mask)};
+  }
+
+  static inline Floats same(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static inline Ints whole(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static inline Floats floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+  static inline Floats halves(const uint8_t* from) {
+    const auto* at = reinterpret_cast<const __m128i*>(from);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(at)), _mm256_cvtph_ps(_mm_loadu_si128(at + 1))};
+  }
+  static inline Ints bytes(const uint8_t* from) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
+  }
+  static inline Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
+  static inline Floats plus(Floats a, Floats b) {
+    return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+  }
+  static inline Floats minus(Floats a, Floats b) {
+    return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+  }
+  static inline Floats times(Floats a, Floats b) {
+    return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+  }
+  static inline Ints plus(Ints a, Ints b) {
+    return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+  }
+  static inline Ints minus(Ints a, Ints b) {
+    return {_mm256_sub_epi32(a.low, b.low), _mm256_sub_epi32(a.high, b.high)};
+  }
+  static inline Ints times(Ints a, Ints b) {
+    return {_mm256_mullo_epi32(a.low, b.low), _mm256_mullo_epi32(a.high, b.high)};
+  }
+  static inline Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+  }
+  static inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+  static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
+  static inline void store(float* to, Floats v) {
+    _mm256_storeu_ps(to, v.low);
+    _mm256_storeu_ps(to + 8, v.high);
+  }
+
+  // `maddubs` adds two products in 16 bits and saturates: codes up to 127 are safe (2 * 127 * 127 = 32258). Those of
+  // eight bits are cut in two, the top bit by itself (2 * 128 * 127 = 32512), and the parts meet in 32 bits only.
+  template <int kBits>
+  static inline __m256i dot_half(__m256i sum, __m256i codes, __m256i x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    if constexpr (kBits == 8) {
+      const __m256i top = _mm256_set1_epi8(char(0x80));
+      const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(codes, top), x);
+      sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, ones));
+      codes = _mm256_andnot_si256(top, codes);
+    }
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones));
+  }
+
+  template <int kBits>
+  static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    const __m256i spread = _mm256_set1_epi32(four);
+    return {dot_half<kBits>(sum.low, codes.low, spread), dot_half<kBits>(sum.high, codes.high, spread)};
+  }
+
+  template <int kBits, bool kTable>
+  struct Weights {
+    __m256 levels[2];
+    __m256i centre;
+
+    explicit inline Weights(const layerwise::Matrix& m)
+        : levels{_mm256_loadu_ps(m.levels), _mm256_loadu_ps(m.levels + 8)},
+          centre(_mm256_set1_epi8(char(m.centre))) {}
+
+    inline Bytes prepare(Bytes codes) const {
+      if constexpr (kTable) return codes;
+      return {_mm256_sub_epi8(codes.low, centre), _mm256_sub_epi8(codes.high, centre)};
+    }
+
+    template <int kColumn>
+    inline __m256 half_column(__m256i v) const {
+      if constexpr (kTable) {  // two tables of eight, chosen by bit 3 of the code
+        const __m256i place = _mm256_srli_epi32(v, 8 * kColumn);
+        const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(v, 28 - 8 * kColumn));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(levels[0], place), _mm256_permutevar8x32_ps(levels[1], place),
+                                upper);
+      } else {
+        if constexpr (kColumn < 3) v = _mm256_slli_epi32(v, 24 - 8 * kColumn);
+        return _mm256_cvtepi32_ps(_mm256_srai_epi32(v, 24));
+      }
+    }
+
+    template <int kColumn>
+    inline Floats column(Bytes v) const {
+      return {half_column<kColumn>(v.low), half_column<kColumn>(v.high)};
+    }
+  };
+};
+
+}  // namespace
+
+#include "tile_loops.h"
+
+namespace {
+
+uint64_t read_lines(const uint8_t* data, size_t bytes) {
+  __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
+  for (size_t at = 0; at + 2 * kLine <= bytes; at += 2 * kLine) {
+    __builtin_prefetch(data + at + kAhead);
+    __builtin_prefetch(data + at + kAhead + kLine);
+    for (int i = 0; i < 4; ++i) {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + at + 32 * i));
+      sum[i] = _mm256_xor_si256(sum[i], v);
+    }
+  }
+  alignas(32) uint64_t words[4];
+  const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sum[0], sum[1]), _mm256_xor_si256(sum[2], sum[3]));
+  _mm256_store_si256(reinterpret_cast<__m256i*>(words), all);
+  return words[0] + words[1] + words[2] + words[3];
+}
+
+}  // namespace
+
+namespace layerwise {
+const Path kAvx2 = {"avx2", multiply_float, multiply_int8, decode, read_lines};
+}

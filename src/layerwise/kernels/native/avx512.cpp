@@ -1,0 +1,108 @@
+// AVX-512 F, BW, VL and VNNI: a tile's 16 rows are one register.
+#include <immintrin.h>
+
+#include "layout.h"
+
+namespace {
+
+struct Simd {
+  using Floats = __m512;
+  using Ints = __m512i;
+  using Bytes = __m512i;
+  static constexpr int kChains = 4;      // an addition takes four cycles: four sums keep the unit busy
+  static constexpr int kTokens = 4;      // 16 sums of 32 registers
+  static constexpr int kInt8Tokens = 8;
+
+  static inline Bytes load(const uint8_t* from) { return _mm512_load_si512(from); }
+  static inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+
+  template <int kShift, int kMask>
+  static inline Bytes field(Bytes v) {
+    // Shifts of 16 bits carry bits over from the neighbouring byte; the mask takes them away.
+    if constexpr (kShift > 0) v = _mm512_srli_epi16(v, kShift);
+    if constexpr (kShift < 0) v = _mm512_slli_epi16(v, -kShift);
+    return _mm512_and_si512(v, _mm512_set1_epi8(char(kMask)));
+  }
+
+  static inline Floats same(float v) { return _mm512_set1_ps(v); }
+  static inline Ints whole(int32_t v) { return _mm512_set1_epi32(v); }
+  static inline Floats floats(const float* from) { return _mm512_loadu_ps(from); }
+  static inline Floats halves(const uint8_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static inline Ints bytes(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  static inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
+  static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+  static inline Floats times(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+  static inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
+  static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Floats sum_chains(const Floats* s) { return plus(plus(s[0], s[1]), plus(s[2], s[3])); }
+  static inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+
+  // Unsigned codes times signed activations, four columns of every row; the instruction does not saturate.
+  template <int kBits>
+  static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+  }
+
+  // Codes of up to four bits are looked up (the permutation reads the low four bits of a lane, so nothing is masked);
+  // wider ones are centred as bytes and widened with their sign.
+  template <int kBits, bool kTable>
+  struct Weights {
+    static constexpr bool kLookUp = kTable || kBits <= 4;
+    __m512 levels;
+    __m512i centre;
+
+    explicit inline Weights(const layerwise::Matrix& m)
+        : levels(_mm512_loadu_ps(m.levels)), centre(_mm512_set1_epi8(char(m.centre))) {}
+
+    inline Bytes prepare(Bytes codes) const {
+      if constexpr (kLookUp) return codes;
+      return _mm512_sub_epi8(codes, centre);
+    }
+
+    template <int kColumn>
+    inline Floats column(Bytes v) const {
+      if constexpr (kLookUp) {
+        if constexpr (kColumn > 0) v = _mm512_srli_epi32(v, 8 * kColumn);
+        return _mm512_permutexvar_ps(v, levels);
+      } else {
+        if constexpr (kColumn < 3) v = _mm512_slli_epi32(v, 24 - 8 * kColumn);
+        return _mm512_cvtepi32_ps(_mm512_srai_epi32(v, 24));
+      }
+    }
+  };
+};
+
+}  // namespace
+
+#include "tile_loops.h"
+
+namespace {
+
+uint64_t read_lines(const uint8_t* data, size_t bytes) {
+  __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  size_t at = 0;
+  for (; at + 4 * kLine <= bytes; at += 4 * kLine) {
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(data + at + kAhead + i * kLine);
+      sum[i] = _mm512_xor_si512(sum[i], _mm512_loadu_si512(data + at + i * kLine));
+    }
+  }
+  const __m512i all = _mm512_xor_si512(_mm512_xor_si512(sum[0], sum[1]), _mm512_xor_si512(sum[2], sum[3]));
+  return uint64_t(_mm512_reduce_add_epi64(all));
+}
+
+}  // namespace
+
+namespace layerwise {
+const Path kAvx512 = {"avx512", multiply_float, multiply_int8, decode, read_lines};
+}

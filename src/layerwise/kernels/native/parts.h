@@ -1,0 +1,42 @@
+// What the parts of the library that are compiled for every processor offer one another.
+#pragma once
+
+#include "layout.h"
+
+namespace layerwise {
+
+// A matrix in its stored form, as the caller hands it over. Everything is checked; sizes are in bytes.
+struct Stored {
+  int64_t rows, columns, bits, planes, group;
+  int64_t trits;       // 1: five codes to a byte (see encoding/trits.py); 0: bit planes (encoding/bitplanes.py)
+  int64_t scale_kind;  // ScaleKind
+  int64_t zero_kind;   // ZeroKind; zeros are unpacked: a byte or a half each
+  int64_t centre;
+  const uint8_t* codes;   // [rows, planes, bytes of a row]
+  int64_t codes_bytes;
+  const uint8_t* scale;   // [rows, planes, groups]
+  int64_t scale_bytes;
+  const uint8_t* zero;    // [rows, planes, groups], or null
+  int64_t zero_bytes;
+  const float* factor;    // [rows], or null
+  const float* levels;    // [16], or null: the codes are places in it
+};
+
+Matrix* repack(const Stored& stored, int threads);  // null: it does not fit together, or there is no memory
+Matrix* copy(const Matrix& matrix, int threads);         // null: there is no memory
+void release(Matrix* matrix);
+
+// Rows of `width` floats: the columns of every block, then zeros up to whole units; and the sum of each block.
+void spread(const Matrix& m, const float* x, int64_t tokens, int64_t stride, float* values, float* sums);
+// The same as int8 codes with a step for each token and block.
+void quantize(const Matrix& m, const float* x, int64_t tokens, int64_t stride, int8_t* codes, float* steps,
+              int32_t* counts);
+
+using Body = void (*)(void* data, int part, int parts);
+// Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
+void parallel(int threads, Body body, void* data);
+const char* thread_pool();
+
+void* aligned_memory(size_t bytes);  // 64-byte aligned, padded by a line; free with free()
+
+}  // namespace layerwise

@@ -1,0 +1,132 @@
+// Plain C++ for every other processor, and what the other paths are held against.
+#include <math.h>
+#include <string.h>
+
+#include "layout.h"
+
+namespace {
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = uint32_t(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023;
+  float value;
+  if (exponent == 0) {  // zero and subnormals: a whole number of 2^-24
+    value = float(mantissa) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+struct Simd {
+  struct Floats {
+    float lane[16];
+  };
+  struct Ints {
+    int32_t lane[16];
+  };
+  struct Bytes {
+    uint8_t byte[64];
+  };
+  static constexpr int kChains = 2;
+  static constexpr int kTokens = 1;
+  static constexpr int kInt8Tokens = 1;
+
+#define LAYERWISE_LANES(type, value)                     \
+  type out;                                              \
+  for (int r = 0; r < 16; ++r) out.lane[r] = (value);    \
+  return out
+
+  static inline Bytes load(const uint8_t* from) {
+    Bytes out;
+    memcpy(out.byte, from, 64);
+    return out;
+  }
+  static inline Bytes join(Bytes a, Bytes b) {
+    for (int i = 0; i < 64; ++i) a.byte[i] |= b.byte[i];
+    return a;
+  }
+  template <int kShift, int kMask>
+  static inline Bytes field(Bytes v) {
+    for (int i = 0; i < 64; ++i) {
+      v.byte[i] = uint8_t((kShift >= 0 ? v.byte[i] >> (kShift & 7) : v.byte[i] << (-kShift & 7)) & kMask);
+    }
+    return v;
+  }
+
+  static inline Floats same(float v) { LAYERWISE_LANES(Floats, v); }
+  static inline Ints whole(int32_t v) { LAYERWISE_LANES(Ints, v); }
+  static inline Floats floats(const float* from) { LAYERWISE_LANES(Floats, from[r]); }
+  static inline Floats halves(const uint8_t* from) {
+    uint16_t half[16];
+    memcpy(half, from, 32);
+    LAYERWISE_LANES(Floats, half_to_float(half[r]));
+  }
+  static inline Ints bytes(const uint8_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline Floats to_float(Ints v) { LAYERWISE_LANES(Floats, float(v.lane[r])); }
+  static inline Floats plus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] + b.lane[r]); }
+  static inline Floats minus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] - b.lane[r]); }
+  static inline Floats times(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] * b.lane[r]); }
+  static inline Ints plus(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] + b.lane[r]); }
+  static inline Ints minus(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] - b.lane[r]); }
+  static inline Ints times(Ints a, Ints b) { LAYERWISE_LANES(Ints, a.lane[r] * b.lane[r]); }
+  static inline Floats fma(Floats a, Floats b, Floats c) { LAYERWISE_LANES(Floats, a.lane[r] * b.lane[r] + c.lane[r]); }
+  // Where the result must be that of the fused instruction: exact, and slow without one.
+  static inline Floats fused(Floats a, Floats b, Floats c) {
+    LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
+  }
+  static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
+  static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
+#undef LAYERWISE_LANES
+
+  template <int kBits>
+  static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {
+    for (int r = 0; r < 16; ++r) {
+      for (int j = 0; j < 4; ++j) sum.lane[r] += int32_t(codes.byte[4 * r + j]) * x[j];
+    }
+    return sum;
+  }
+
+  template <int kBits, bool kTable>
+  struct Weights {
+    const layerwise::Matrix& m;
+
+    explicit inline Weights(const layerwise::Matrix& matrix) : m(matrix) {}
+    inline const Bytes& prepare(const Bytes& codes) const { return codes; }
+
+    template <int kColumn>
+    inline Floats column(const Bytes& v) const {
+      Floats out;
+      for (int r = 0; r < 16; ++r) {
+        const int code = v.byte[4 * r + kColumn];
+        out.lane[r] = kTable ? m.levels[code & 15] : float(code - m.centre);
+      }
+      return out;
+    }
+  };
+};
+
+}  // namespace
+
+#include "tile_loops.h"
+
+namespace {
+
+uint64_t read_lines(const uint8_t* data, size_t bytes) {
+  uint64_t sum[8] = {};
+  for (size_t at = 0; at + kLine <= bytes; at += kLine) {
+    uint64_t line[8];
+    memcpy(line, data + at, kLine);
+    for (int i = 0; i < 8; ++i) sum[i] ^= line[i];
+  }
+  uint64_t all = 0;
+  for (int i = 0; i < 8; ++i) all ^= sum[i];
+  return all;
+}
+
+}  // namespace
+
+namespace layerwise {
+const Path kPortable = {"portable", multiply_float, multiply_int8, decode, read_lines};
+}

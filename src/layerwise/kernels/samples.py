@@ -1,0 +1,76 @@
+"""Random matrices in every form that has a kernel: for the self-test and for the benchmark."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerwise.kernels.matrix import Canonical
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A kind of matrix: ``bits`` a code, whole zeros unless ``symmetric``, a table of ``levels``, or ``trits``."""
+
+    bits: int
+    group: int = 128
+    symmetric: bool = False
+    levels: bool = False
+    trits: bool = False
+
+    def draw(self, rows: int, columns: int, seed: int = 0) -> Canonical:
+        """A matrix of random codes, scales and zeros (never zero pages, which the machine would share)."""
+        g = torch.Generator().manual_seed(seed)
+        group = min(self.group, columns)
+        groups = -(-columns // group)
+        width = -(-columns // 5) if self.trits else sum(-(-columns * w // 8) for w in (8, 4, 2, 1) if self.bits & w)
+        scale = torch.rand(rows, groups, generator=g).add(0.5).mul(2.0**-self.bits).half()
+        whole = None if self.symmetric or self.levels or self.trits else _bytes(rows, groups, 2**self.bits, g)
+        return Canonical(
+            rows, columns, self.bits, group, _bytes(rows, width, 256, g), scale, zero=whole,
+            levels=torch.linspace(-1, 1, 16) if self.levels else None,
+            centre=1 if self.trits else 2 ** (self.bits - 1), trits=self.trits,
+        )  # fmt: skip
+
+
+SAMPLES = {
+    "int8": Sample(8),
+    "int4": Sample(4),
+    "int4 symmetric": Sample(4, symmetric=True),
+    "int3": Sample(3),
+    "int2": Sample(2),
+    "levels4": Sample(4, levels=True),
+    "ternary": Sample(2, trits=True),
+}
+
+
+def reference(stored: Canonical) -> Tensor:
+    """What ``stored`` (of one plane, with fp16 scales) stands for, by torch: float32 [rows, columns]."""
+    if stored.trits:
+        powers = torch.tensor([1, 3, 9, 27, 81])
+        codes = (3 * (stored.codes.long()[:, :, None] * powers % 256) >> 8).flatten(1)[:, : stored.columns]
+    else:
+        codes = _unpacked(stored)
+    group = torch.arange(stored.columns) // stored.group
+    scale = stored.scale.float()[:, group]
+    if stored.levels is not None:
+        return stored.levels[codes] * scale
+    zero = float(stored.centre) if stored.zero is None else stored.zero.float()[:, group]
+    return (codes - zero) * scale
+
+
+def _unpacked(stored: Canonical) -> Tensor:
+    codes = torch.zeros(stored.rows, stored.columns, dtype=torch.int64)
+    column, first, shift = torch.arange(stored.columns), 0, 0
+    for width in (w for w in (8, 4, 2, 1) if stored.bits & w):
+        place = column * width
+        codes |= (stored.codes[:, first + place // 8].long() >> place % 8 & 2**width - 1) << shift
+        first += -(-stored.columns * width // 8)
+        shift += width
+    return codes
+
+
+def _bytes(rows: int, columns: int, top: int, g: torch.Generator) -> Tensor:
+    return torch.randint(0, top, (rows, columns), dtype=torch.uint8, generator=g)

@@ -1,0 +1,233 @@
+"""The compiled products against the stored forms' own decoding: every width, zero, scale, path, odd shape and edge."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+from torch import Tensor
+
+from layerwise.encoding.codebook import LEVELS, Codebook, fit_codebook, nearest_levels
+from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
+from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.repacked import repack
+from layerwise.encoding.scales import Scales, groups_of
+from layerwise.encoding.ternary import Ternary
+from layerwise.kernels.library import library, paths, why_absent
+from layerwise.kernels.matrix import PackedMatrix
+
+pytestmark = pytest.mark.skipif(not paths(), reason=f"no compiled kernels here: {why_absent()}")
+
+KINDS = {
+    "whole zeros": {},
+    "symmetric": {"symmetric": True},
+    "float zeros": {"float_zero": True},
+    "8-bit scales": {"scale_bits": 8},
+    "8-bit float scales": {"scale_bits": 8, "float_scale": True, "symmetric": True},
+}
+SHAPES = ((1, 4), (15, 30), (17, 172), (48, 300))  # rows, columns: less than a tile, odd, a short last group
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integer(rows: int, columns: int, bits: int, group: int, **kind: bool | int) -> GroupedInteger:
+    weight = normal(rows, columns)
+    fitted = fit_grid(weight, Grid(bits, group, **kind))  # type: ignore[arg-type]
+    return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
+
+
+def ternary(rows: int, columns: int, group: int, planes: int, scale_bits: int = 16) -> Ternary:
+    g = torch.Generator().manual_seed(1)
+    codes = torch.randint(0, 3, (rows, planes, columns), dtype=torch.uint8, generator=g)
+    wanted = torch.rand(rows, planes * groups_of(group, columns), generator=g) + 0.1
+    return Ternary.from_codes(codes, group, Scales.of(wanted, scale_bits))
+
+
+def codebook(rows: int, columns: int, name: str, scale_bits: int) -> Codebook:
+    weight = normal(rows, columns)
+    fitted = fit_codebook(weight, name, 32, scale_bits)
+    return Codebook.from_codes(nearest_levels(weight, name, fitted), name, fitted)
+
+
+def packed(form: Encoded) -> PackedMatrix:
+    found = repack(form)
+    assert found is not None
+    return found
+
+
+def check(form: Encoded, tokens: tuple[int, ...] = (1, 2, 7, 130), int8: bool = True) -> None:
+    matrix, dense = packed(form), form.decode()
+    for path in paths():
+        assert torch.equal(matrix.decode(path), dense), path
+    for count in tokens:
+        x = normal(count, dense.shape[1], seed=count)
+        exact = x.double() @ dense.double().T
+        terms = x.double().abs() @ dense.double().abs().T + 1e-30
+        for path in paths():
+            error = (matrix.multiply(x, path=path) - exact).abs() / terms
+            assert float(error.max()) < 1e-5, (path, count)
+        if int8:
+            rounded = [matrix.multiply(x, int8=True, path=path) for path in paths()]
+            assert all(torch.equal(rounded[0], other) for other in rounded), count
+            # Each activation is off by half a step, at most a 254th of the largest of its block.
+            bound = x.abs().amax(1, keepdim=True) / 254 * dense.abs().sum(1) * 1.001 + 1e-5
+            assert bool(((rounded[0] - exact).abs() <= bound).all()), count
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+def test_integers(bits: int, kind: str):
+    for (rows, columns), group in zip(SHAPES, (4, 12, 64, 0), strict=True):
+        check(integer(rows, columns, bits, group, **KINDS[kind]), tokens=(1, 7))
+
+
+@pytest.mark.parametrize("group", [4, 20, 32, 100, 128, 260, 512, 0])
+def test_groups(group: int):
+    check(integer(20, 700, 4, group))
+    check(integer(20, 700, 3, group), tokens=(1,))
+
+
+@pytest.mark.parametrize("planes", [1, 2, 4])
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_ternary_planes(planes: int, scale_bits: int):
+    check(ternary(18, 300, 128, planes, scale_bits))
+    check(ternary(5, 7, 0, planes, scale_bits), tokens=(1,))
+
+
+@pytest.mark.parametrize("name", list(LEVELS))
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_codebooks(name: str, scale_bits: int):
+    form = codebook(19, 100, name, scale_bits)
+    check(form, int8=False)
+    with pytest.raises(ValueError, match="int8"):
+        packed(form).multiply(normal(1, 100), int8=True)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_int8_activations_cost_less_than_a_hundredth(bits: int):
+    form = integer(64, 512, bits, 64)
+    x = normal(3, 512)
+    exact = x @ form.decode().T
+    for path in paths():
+        found = packed(form).multiply(x, int8=True, path=path)
+        assert float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_hot_inputs_show_every_code(bits: int):
+    form = integer(21, 70, bits, 16)
+    for path in paths():
+        assert torch.allclose(packed(form).multiply(torch.eye(70), path=path).T, form.decode(), atol=1e-6)
+        columns = torch.cat([packed(form).multiply(row[None], path=path) for row in torch.eye(70)])
+        assert torch.allclose(columns.T, form.decode(), atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_do_not_saturate(bits: int, sign: float):
+    fitted = fit_grid(normal(16, 512), Grid(bits, 0))
+    form = GroupedInteger.from_codes(torch.full((16, 512), 2**bits - 1, dtype=torch.uint8), fitted)
+    x = torch.full((2, 512), sign)
+    for path in paths():
+        found = packed(form).multiply(x, int8=True, path=path)
+        assert torch.allclose(found, x @ form.decode().T, rtol=1e-5)
+
+
+def test_what_is_not_finite_surfaces():
+    matrix = packed(integer(20, 64, 4, 32))
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = normal(3, 64)
+        x[1, 5] = bad
+        for path in paths():
+            for int8 in (False, True):
+                found = matrix.multiply(x, int8=int8, path=path)
+                assert not torch.isfinite(found[1]).any() and torch.isfinite(found[[0, 2]]).all()
+
+
+def test_zeros_and_tiny_and_huge_inputs():
+    form = integer(20, 64, 4, 32)
+    for path in paths():
+        for int8 in (False, True):
+            assert not packed(form).multiply(torch.zeros(2, 64), int8=int8, path=path).any()
+            assert torch.isfinite(packed(form).multiply(torch.full((1, 64), 1e-38), int8=int8, path=path)).all()
+            found = packed(form).multiply(normal(1, 64) * 1e30, int8=int8, path=path) / 1e30
+            assert torch.allclose(found, normal(1, 64) @ form.decode().T, atol=0.2)
+    assert packed(form).multiply(torch.zeros(0, 64)).shape == (0, 20)
+
+
+def test_results_do_not_depend_on_threads():
+    matrix = packed(integer(600, 512, 4, 64))
+    x = normal(3, 512)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append([matrix.multiply(x, int8=int8, path=path) for path in paths() for int8 in (False, True)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("path", paths())
+def test_unaligned_and_strided_memory(path: str):
+    form = integer(20, 64, 4, 32)
+    matrix, x = packed(form), normal(3, 64)
+    expected = matrix.multiply(x, path=path)
+    for shift in (1, 3):
+        moved = torch.zeros(3 * 64 + 5)[shift : shift + 3 * 64].view(3, 64).copy_(x)
+        assert torch.equal(matrix.multiply(moved, path=path), expected)
+    wide = torch.cat([x, x], 1)[:, :64]
+    assert wide.stride(0) == 128 and torch.equal(matrix.multiply(wide, path=path), expected)
+    assert torch.equal(matrix.multiply(x.T.contiguous().T, path=path), expected)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("path", paths())
+def test_nothing_is_touched_behind_the_ends(path: str, int8: bool):
+    """Input and output end where memory ends: one value further is a page that must not be read or written."""
+    form = integer(19, 70, 3, 32)
+    matrix, x = packed(form), normal(1, 70)
+    loaded = library()
+    assert loaded is not None
+    with guarded(70 * 4) as source, guarded(19 * 4) as target:
+        ctypes.memmove(source.at, x.data_ptr(), 70 * 4)
+        status = loaded.layerwise_multiply(
+            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, int(int8), 1
+        )  # fmt: skip
+        found = torch.frombuffer(bytearray(ctypes.string_at(target.at, 19 * 4)), dtype=torch.float32)
+    assert status == 0 and torch.equal(found[None], matrix.multiply(x, int8=int8, path=path))
+
+
+class guarded:
+    """Two pages of memory, the second one forbidden; ``at`` is ``size`` bytes before it."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __enter__(self) -> guarded:
+        page = mmap.PAGESIZE
+        libc = ctypes.CDLL(None, use_errno=True)
+        self.memory = mmap.mmap(-1, 2 * page)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        assert libc.mprotect(start + page, page, 0) == 0
+        self.libc, self.start, self.at = libc, start, start + page - self.size
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.libc.mprotect(self.start + mmap.PAGESIZE, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def test_wrong_inputs_are_refused():
+    matrix = packed(integer(8, 32, 4, 32))
+    with pytest.raises(ValueError, match="activations are"):
+        matrix.multiply(normal(2, 31))
+    with pytest.raises(ValueError, match="no path"):
+        matrix.multiply(normal(2, 32), path="neon")
+    assert repack(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies
