@@ -17,7 +17,8 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_packed_product_is_the_training_product_bit_for_bit() -> None:
+def test_the_packed_product_is_the_training_product_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_KERNELS", "off")  # kernels add in another order than torch's product
     for rows, columns in ((24, 40), (7, 13), (64, 1)):
         linear = TernaryLinear(drawn(rows, columns, seed=rows) * 0.07)
         form = linear.encoded()

@@ -58,7 +58,8 @@ def test_a_float_zero_point_has_no_integer_product() -> None:
         input_product(TokenGrid(8).quantize(X), form)
 
 
-def test_casting_leaves_the_grid() -> None:
+def test_casting_leaves_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_KERNELS", "off")  # kernels add in another order than torch's product
     form, grid = stored(RECIPES[0]), GRIDS[2]
     packed = PackedLinear(form.spec(), form.tensors(), None, torch.float32, grid.spec(), grid.tensors())
     expected = grid.rounded(X.half()) @ form.decode().half().T
