@@ -79,7 +79,8 @@ def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
         for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
             prefix = "+".join(chain) + "+" if chain and out is linear else ""
             named = DEFAULT_TECHNIQUES[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
-            out += [str(parse_recipe(prefix + made)) for made in _settings(named, grids)]
+            made = [parse_recipe(prefix + setting) for setting in _settings(named, grids)]
+            out += [str(_quick(recipe) if out is table else recipe) for recipe in made]
     if not others:
         linear += [str(parse_recipe(recipe)) for recipe in BELOW_TWO_BITS]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
@@ -147,6 +148,13 @@ def _settings(name: str, grids: Sequence[tuple[int, int]]) -> list[str]:
     if menu := find(name).menu:
         return [f"{name}:{options}" for options in menu]
     return [_on_grid(name, bits, group) for bits, group in grids]
+
+
+def _quick(recipe: Recipe) -> Recipe:
+    """A table's recipe: it has many rows, each on its own, and fitting their steps again takes long for little."""
+    if not any(f.name == "refits" for f in dataclasses.fields(recipe.encoder)):  # type: ignore[arg-type]
+        return recipe
+    return Recipe(recipe.rewrites, dataclasses.replace(recipe.encoder, refits=0))  # type: ignore[type-var]
 
 
 def _on_grid(name: str, bits: int, group: int) -> str:

@@ -52,7 +52,8 @@ def refit_steps(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side
             found = before.clone()
             fit_steps(found.numpy(), factor[tile].double().numpy(), among.numpy(), bend.numpy(), towards.numpy())
             moved = (found - before)[:, None] * reach
-            slope[:, cut.stop :] += among @ moved[:, cut.stop :]  # groups before this one are done with
+            later = moved[:, cut.stop :]  # groups before this one are done with
+            slope[:, cut.stop :] += later if rows is None else among @ later
             if rows is not None:
                 pull[top : top + BLOCK] += moved
             own[:, group] = found

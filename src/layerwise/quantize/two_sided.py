@@ -88,7 +88,8 @@ class TwoSided(Encoder):
         return GroupedInteger.from_codes(codes, fitted)
 
     def draft(self) -> TwoSided:
-        return dataclasses.replace(self, sweeps=min(self.sweeps, 1), refits=0)  # type: ignore[type-var]
+        """One sweep up to 3 bits and none above: what is left out is 6 to 9 % of the damage at every width."""
+        return dataclasses.replace(self, sweeps=min(self.sweeps, int(self.bits < 4)), refits=0)  # type: ignore[type-var]
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.integer import integer_layout
