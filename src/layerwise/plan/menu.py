@@ -24,7 +24,6 @@ DEFAULT_TECHNIQUES = ("two_sided",)
 # compression of examples/docs-lm (64 sequences of 128 tokens, 23.9 -> 26.6 s); more tokens make the share smaller.
 BELOW_TWO_BITS = (
     "ternary:group=0,feedback=true",
-    "ternary:group=128,scale_bits=8,feedback=true",
     "ternary:group=32,scale_bits=8,feedback=true",
     "bivit:group=0,feedback=true",
 )
