@@ -20,8 +20,8 @@ LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64)
 TABLE_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
 DEFAULT_TECHNIQUES = ("two_sided",)
 # Below three bits a weight even grids run out: these join the default menu, for linears only. They are in it whatever
-# the budget, so that a work folder serves every budget. As drafts they add 11 % to the processor time of a whole
-# compression of examples/docs-lm (64 sequences of 128 tokens, 23.9 -> 26.6 s); more tokens make the share smaller.
+# the budget, so that a work folder serves every budget. As drafts they add a twelfth to the time of a whole compression
+# of examples/docs-lm; more tokens make the share smaller.
 BELOW_TWO_BITS = (
     "ternary:group=0,feedback=true",
     "ternary:group=32,scale_bits=8,feedback=true",
