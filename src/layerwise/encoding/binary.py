@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, check_tensors, check_version, stored_shape
+from layerwise.encoding.encoded import Layout, PackedRows
+from layerwise.encoding.integer import check_tensors, check_version, stored_shape
 from layerwise.encoding.scales import Scales, check_group, groups_of, places, scales_layout
 from layerwise.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
-class Binary(Encoded):
+class Binary(PackedRows):
     """Packed signs ``[rows, row_bytes]`` uint8, the scales of their groups, and the rows' means or None."""
 
     form: ClassVar[str] = "binary"
@@ -83,19 +83,6 @@ class Binary(Encoded):
             raise InputError("_mean of a binary form must be finite")
         packed = tensors[""].view(rows, row_bytes(columns, 1))
         return cls(packed, columns, group, Scales.restore(tensors, "a binary"), mean)
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for start, stop in self.row_chunks():
-            whole[start:stop] = self.decode_rows(start, stop)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         signs = unpack(self.packed[rows], self.columns, 1).float().mul_(2).sub_(1)

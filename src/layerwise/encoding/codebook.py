@@ -30,10 +30,9 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.encoded import Layout, PackedRows
 from layerwise.encoding.grid import FittedGrid, Grid, check_weight, group_of, group_range, row_pieces, stored_step
 from layerwise.encoding.integer import (
-    check_index,
     check_steps,
     check_tensors,
     check_version,
@@ -55,7 +54,7 @@ SHRINKS = tuple(1.0 - 0.02 * k for k in range(21))  # factors of the scale searc
 
 
 @dataclass(frozen=True, eq=False)
-class Codebook(Encoded):
+class Codebook(PackedRows):
     """Packed codes ``[rows, row_bytes]`` uint8 and the scales of their groups.
 
     fitted: a symmetric 4-bit grid, of which only the groups and the steps are used: a step is a scale.
@@ -109,19 +108,6 @@ class Codebook(Encoded):
         check_steps(tensors, "a codebook form")
         packed = tensors[""].view(rows, row_bytes(columns, 4))
         return cls(packed, name, FittedGrid(grid, columns, scale, factor, None))
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for start, stop in self.row_chunks():
-            whole[start:stop] = self.decode_rows(start, stop)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         codes = unpack(self.packed[rows], self.fitted.columns, 4)

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, check_tensors, stored_shape
+from layerwise.encoding.encoded import Encoded, Layout, check_index
+from layerwise.encoding.integer import check_tensors, stored_shape
 from layerwise.errors import InputError
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}

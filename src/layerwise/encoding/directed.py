@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack, unpack_columns
-from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.encoded import Encoded, Layout, check_index
 from layerwise.encoding.grid import Grid
 from layerwise.encoding.integer import (
     GroupedInteger,
-    check_index,
     check_tensors,
     check_version,
     integer_layout,

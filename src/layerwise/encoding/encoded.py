@@ -66,6 +66,37 @@ class Encoded(ABC):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+class PackedRows(Encoded):
+    """A form that keeps each row's codes in a row of ``packed``, so that any rows decode on their own."""
+
+    packed: Tensor
+
+    @abstractmethod
+    def _decode(self, rows: slice | Tensor) -> Tensor:
+        """Some rows as dense float32: a range, or a 1-D index that has been checked."""
+
+    def decode_rows(self, start: int, stop: int) -> Tensor:
+        return self._decode(slice(start, stop))
+
+    def take_rows(self, index: Tensor) -> Tensor:
+        check_index(index, self.shape[0])
+        return self._decode(index)
+
+    def decode(self) -> Tensor:
+        whole = torch.empty(self.shape, device=self.packed.device)
+        for start, stop in self.row_chunks():
+            whole[start:stop] = self._decode(slice(start, stop))
+        return whole
+
+
+def check_index(index: Tensor, rows: int) -> None:
+    """Refuse row numbers outside ``0 .. rows - 1``, which indexing would silently count from the end."""
+    if index.dim() != 1 or index.dtype != torch.int64:
+        raise ValueError(f"row numbers are a 1-D int64 tensor, not {index.dtype} {list(index.shape)}")
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
+        raise IndexError(f"row numbers reach from {int(index.min())} to {int(index.max())}, outside 0..{rows - 1}")
+
+
 def layout_bytes(layout: Layout) -> int:
     """Bytes of all tensors of a layout."""
     total = 0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.encoded import Layout, PackedRows
 from layerwise.encoding.float8 import TOP_CODE
 from layerwise.encoding.grid import FittedGrid, Grid, points
 from layerwise.errors import InputError
@@ -34,7 +34,7 @@ LONGEST_SIDE = 2**40  # a longer side in a file is damage, not a matrix
 
 
 @dataclass(frozen=True, eq=False)
-class GroupedInteger(Encoded):
+class GroupedInteger(PackedRows):
     """Packed codes ``[rows, row_bytes]`` uint8 and the grid that they count on."""
 
     form: ClassVar[str] = "integer"
@@ -102,19 +102,6 @@ class GroupedInteger(Encoded):
             raise InputError("_zero of an integer form must be finite")
         packed = tensors[""].view(rows, row_bytes(columns, grid.bits))
         return cls(packed, FittedGrid(grid, columns, scale, factor, zero))
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for start, stop in self.row_chunks():
-            whole[start:stop] = self.decode_rows(start, stop)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         codes = unpack(self.packed[rows], self.fitted.columns, self.grid.bits)
@@ -184,11 +171,3 @@ def check_tensors(layout: Layout, tensors: Mapping[str, Tensor]) -> None:
                 f"stored tensor {suffix!r} must be {str(dtype).removeprefix('torch.')} {list(shape)}, "
                 f"not {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
             )
-
-
-def check_index(index: Tensor, rows: int) -> None:
-    """Refuse row numbers outside ``0 .. rows - 1``, which indexing would silently count from the end."""
-    if index.dim() != 1 or index.dtype != torch.int64:
-        raise ValueError(f"row numbers are a 1-D int64 tensor, not {index.dtype} {list(index.shape)}")
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= rows):
-        raise IndexError(f"row numbers reach from {int(index.min())} to {int(index.max())}, outside 0..{rows - 1}")

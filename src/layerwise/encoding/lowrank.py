@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, stored_shape
+from layerwise.encoding.encoded import Encoded, Layout, check_index
+from layerwise.encoding.integer import stored_shape
 from layerwise.encoding.nested import joined, joined_layout, restored
 from layerwise.errors import InputError
 

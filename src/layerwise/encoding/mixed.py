@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.encoded import Layout, PackedRows
 from layerwise.encoding.grid import row_pieces
-from layerwise.encoding.integer import check_index, check_steps, check_tensors, check_version, stored_shape
+from layerwise.encoding.integer import check_steps, check_tensors, check_version, stored_shape
 from layerwise.errors import InputError
 
 
@@ -70,7 +70,7 @@ class Groups:
 
 
 @dataclass(frozen=True, eq=False)
-class Mixed(Encoded):
+class Mixed(PackedRows):
     """packed, zero: uint8 [rows, bytes of a row]; scale: fp16 [rows, groups]."""
 
     form: ClassVar[str] = "mixed"
@@ -141,19 +141,6 @@ class Mixed(Encoded):
         check_steps(tensors, "a mixed form")
         groups = Groups(columns, size, bits, mask)
         return cls(tensors[""].view(rows, -1), tensors["_zero"].view(rows, -1), tensors["_scale"], groups)
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for rows in row_pieces(*self.shape):
-            whole[rows] = self._decode(rows)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         groups, device = self.groups, self.packed.device

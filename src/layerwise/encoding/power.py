@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, check_tensors, check_version, stored_shape
+from layerwise.encoding.encoded import Layout, PackedRows
+from layerwise.encoding.integer import check_tensors, check_version, stored_shape
 from layerwise.encoding.scales import Scales, check_group, groups_of, places, scales_layout
 from layerwise.errors import InputError
 
@@ -37,7 +37,7 @@ PARTS = 64  # an exponent is a number of 64ths
 
 
 @dataclass(frozen=True, eq=False)
-class Power(Encoded):
+class Power(PackedRows):
     """Packed codes ``[rows, row_bytes]`` uint8, the scales of their groups, and exponents ``[rows]`` or ``[1]``."""
 
     form: ClassVar[str] = "power"
@@ -91,19 +91,6 @@ class Power(Encoded):
             raise InputError(f"_exponent of a power form must be 1 to {PARTS}")
         packed = tensors[""].view(rows, row_bytes(columns, bits))
         return cls(packed, columns, bits, group, Scales.restore(tensors, "a power"), exponent)
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for start, stop in self.row_chunks():
-            whole[start:stop] = self.decode_rows(start, stop)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         codes = unpack(self.packed[rows], self.columns, self.bits)

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, plane_widths, row_bytes, unpack
 from layerwise.encoding.dense import DTYPES, NAMES
-from layerwise.encoding.encoded import Encoded, Layout
+from layerwise.encoding.encoded import Encoded, Layout, check_index
 from layerwise.encoding.grid import row_pieces
-from layerwise.encoding.integer import check_index, check_steps, check_tensors, check_version, stored_shape
+from layerwise.encoding.integer import check_steps, check_tensors, check_version, stored_shape
 from layerwise.encoding.positions import (
     PATTERNS,
     kept_of_fours,

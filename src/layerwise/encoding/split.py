@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION, pack, row_bytes, unpack
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, check_tensors, check_version, stored_shape
+from layerwise.encoding.encoded import Encoded, Layout, check_index
+from layerwise.encoding.integer import check_tensors, check_version, stored_shape
 from layerwise.encoding.nested import joined, joined_layout, restored
 from layerwise.errors import InputError
 

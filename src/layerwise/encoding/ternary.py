@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.bitplanes import LAYOUT_VERSION
-from layerwise.encoding.encoded import Encoded, Layout
-from layerwise.encoding.integer import check_index, check_tensors, check_version, stored_shape
+from layerwise.encoding.encoded import Layout, PackedRows
+from layerwise.encoding.integer import check_tensors, check_version, stored_shape
 from layerwise.encoding.scales import Scales, check_group, groups_of, places, scales_layout
 from layerwise.encoding.trits import check_trits, pack_trits, trit_bytes, unpack_trits
 from layerwise.errors import InputError
@@ -34,7 +34,7 @@ MOST_PLANES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Ternary(Encoded):
+class Ternary(PackedRows):
     """Packed trits ``[rows, planes, trit_bytes]`` uint8 and the scales ``[rows, planes * groups]`` of their groups."""
 
     form: ClassVar[str] = "ternary"
@@ -86,19 +86,6 @@ class Ternary(Encoded):
         packed = tensors[""].view(rows, planes, trit_bytes(columns))
         check_trits(packed.flatten(0, 1), columns)
         return cls(packed, columns, group, Scales.restore(tensors, "a ternary"))
-
-    def decode_rows(self, start: int, stop: int) -> Tensor:
-        return self._decode(slice(start, stop))
-
-    def take_rows(self, index: Tensor) -> Tensor:
-        check_index(index, self.shape[0])
-        return self._decode(index)
-
-    def decode(self) -> Tensor:
-        whole = torch.empty(self.shape, device=self.packed.device)
-        for start, stop in self.row_chunks():
-            whole[start:stop] = self.decode_rows(start, stop)
-        return whole
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
         packed = self.packed[rows]
