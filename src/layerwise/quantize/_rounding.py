@@ -38,7 +38,8 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
-from layerwise.encoding.grid import FittedGrid, group_of, row_pieces
+from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, round_to_grid, row_pieces
+from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 
 BLOCK = 64
@@ -120,6 +121,21 @@ def round_with_feedback(
             _revise(grid, columns, rows, block, done, change)
         codes[chosen[:, None], columns.order] = done.T
     return codes
+
+
+def one_sided(
+    weight: Tensor, moment: Tensor, grid: Grid, *, clip: bool, damp: float, act_order: bool
+) -> GroupedInteger:
+    """``weight`` [m, n] rounded against ``tr(D H D^T)``, H being ``moment`` [n, n]; to nearest if it is a diagonal [n].
+
+    Grids are fitted to the weight as it is. The columns of the largest inputs are rounded first (``act_order``), or all
+    from the first to the last.
+    """
+    fitted = fit_grid(weight, grid, clip=clip, importance=diagonal(moment))
+    columns = factor(moment, damp, largest_first=act_order, reverse=not act_order)
+    if columns is None:
+        return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
+    return GroupedInteger.from_codes(round_with_feedback(weight, fitted, columns), fitted)
 
 
 def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None, sweeps: int) -> Tensor:

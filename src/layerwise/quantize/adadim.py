@@ -93,16 +93,9 @@ class Adadim(Encoder):
 
     def _along_inputs(self, weight: Tensor, moment: Tensor) -> GroupedInteger:
         """The integers of the matrix; plain rounding where only ``diag H`` is given."""
-        from layerwise.calibrate.statistics import diagonal
-        from layerwise.encoding.grid import fit_grid, round_to_grid
-        from layerwise.encoding.integer import GroupedInteger
-        from layerwise.quantize._rounding import factor, round_with_feedback
+        from layerwise.quantize._rounding import one_sided
 
-        fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=diagonal(moment))
-        columns = factor(moment, self.damp, largest_first=True)
-        if columns is None:
-            return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
-        return GroupedInteger.from_codes(round_with_feedback(weight, fitted, columns), fitted)
+        return one_sided(weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=True)
 
     def _along_outputs(self, weight: Tensor, moment: Tensor) -> GroupedInteger:
         """The integers of the transpose; within one column all weights meet the same input, so none matters more."""

@@ -44,18 +44,11 @@ class Gptq(Encoder):
     act_order: bool = option(True, help="round the columns of the largest inputs first")
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
-        from layerwise.calibrate.statistics import diagonal
-        from layerwise.encoding.grid import fit_grid, round_to_grid
-        from layerwise.encoding.integer import GroupedInteger
-        from layerwise.quantize._rounding import check_statistics, factor, round_with_feedback
+        from layerwise.quantize._rounding import check_statistics, one_sided
 
         check_statistics(weight, statistics)
         moment = statistics.inputs
-        fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=diagonal(moment))
-        columns = factor(moment, self.damp, largest_first=self.act_order, reverse=not self.act_order)
-        if columns is None:
-            return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
-        return GroupedInteger.from_codes(round_with_feedback(weight, fitted, columns), fitted)
+        return one_sided(weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order)
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.integer import integer_layout
