@@ -38,7 +38,7 @@ from benchmarks.runs import add_run_options, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
 from layerwise.cli.shared import split_techniques
-from layerwise.plan.measures import parse_allocator
+from layerwise.recipe import parse_allocator
 from layerwise.rewriting import encoder_of
 
 METHODS = (

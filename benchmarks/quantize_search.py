@@ -30,12 +30,11 @@ from layerwise.kept import Candidates, Stored, overlay
 from layerwise.measuring import NetworkMeasures
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import is_dense
-from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Node
 from layerwise.prepare import Options, prepare
-from layerwise.recipe import parse_recipe
+from layerwise.recipe import parse_allocator, parse_recipe
 from layerwise.refit import encode, needs_refit
 from layerwise.rewriting import Rewriter, chain_of, chains, encoder_of
 from layerwise.sequential import propagate

@@ -16,8 +16,8 @@ from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.kept import statistics_file
 from layerwise.measuring import NetworkMeasures, above_one_deviation
-from layerwise.plan.measures import parse_allocator
 from layerwise.prepare import Options
+from layerwise.recipe import parse_allocator
 from layerwise.removal import measure_on_steer
 from layerwise.sensitivity.kronecker import damage
 

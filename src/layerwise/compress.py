@@ -32,12 +32,11 @@ from layerwise.network.overlay import Overlay
 from layerwise.opening import network_rewrite
 from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
-from layerwise.plan.measures import parse_allocator
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, prepare
 from layerwise.quality import smallest_within
-from layerwise.recipe import parse_recipe, parse_tuner
+from layerwise.recipe import parse_allocator, parse_recipe, parse_tuner
 from layerwise.record import make_evidence, write_reports
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals

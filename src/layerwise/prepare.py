@@ -30,10 +30,9 @@ from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quali
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.constraints import matching
 from layerwise.plan.file import read_plan
-from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
-from layerwise.recipe import parse_activations, parse_recipe, parse_technique, parse_tuner
+from layerwise.recipe import parse_activations, parse_allocator, parse_recipe, parse_technique, parse_tuner
 from layerwise.technique import ActivationQuantizer, BlockMeasure
 
 METADATA = {"format": "pt"}

@@ -8,11 +8,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 from layerwise.errors import InputError, nearest
 from layerwise.technique import (
     ActivationQuantizer,
+    Allocator,
     Blueprint,
     Encoder,
     Probe,
@@ -24,6 +25,8 @@ from layerwise.technique import (
     names,
     technique_files,
 )
+
+Role = TypeVar("Role", bound=Technique)
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,28 @@ def parse_recipe(text: str) -> Recipe:
     return Recipe(rewrites, encoders[0])
 
 
+def _of_role(text: str, role: type[Role], subject: str, otherwise: str, listed: str) -> Role:
+    """A technique of one role; an ``InputError`` names those there are, where ``listed`` has its ``{}``."""
+    name = text.partition(":")[0].strip().replace("-", "_")
+    if name not in (known := names(role)):
+        what = otherwise if name in technique_files() else "does not exist"
+        raise InputError(f"{subject} {name!r} {what}; {listed.format(', '.join(known))}")
+    found = parse_technique(text)
+    assert isinstance(found, role)
+    return found
+
+
+def parse_allocator(text: str) -> Allocator:
+    """``hawq:kind=trace`` -> an allocator; another kind of technique, or none, names the allocators there are."""
+    return _of_role(text, Allocator, "the allocator", "plans nothing", "the allocators are {}")  # type: ignore[type-abstract]
+
+
 def parse_probe(text: str, seed: int = 0) -> Probe:
     """``spectrum_alpha:estimator=hill`` -> a probe; another kind of technique, or none, names the probes there are.
 
     ``seed`` is used where the probe has an option of that name that the text does not set.
     """
-    name = text.partition(":")[0].strip().replace("-", "_")
-    if name not in (known := names(Probe)):
-        what = "is no probe" if name in technique_files() else "does not exist"
-        raise InputError(f"the probe {name!r} {what}; the probes are {', '.join(known)}")
-    found = parse_technique(text)
-    assert isinstance(found, Probe)
+    found = _of_role(text, Probe, "the probe", "is no probe", "the probes are {}")  # type: ignore[type-abstract]
     return dataclasses.replace(found, seed=seed) if getattr(found, "seed", None) == 0 else found  # type: ignore[type-var]
 
 
@@ -112,24 +126,14 @@ def parse_tuner(text: str) -> Tuner:
 
 def parse_activations(text: str) -> ActivationQuantizer:
     """``token_int:bits=8`` -> what quantizes the inputs of linears."""
-    name = text.partition(":")[0].strip().replace("-", "_")
-    if name not in (known := names(ActivationQuantizer)):
-        what = "quantizes no activations" if name in technique_files() else "does not exist"
-        raise InputError(f"--activations {name!r} {what}; give one of {', '.join(known)}, such as token_int:bits=8")
-    found = parse_technique(text)
-    assert isinstance(found, ActivationQuantizer)
-    return found
+    listed = "give one of {}, such as token_int:bits=8"
+    role = ActivationQuantizer
+    return _of_role(text, role, "--activations", "quantizes no activations", listed)  # type: ignore[type-abstract]
 
 
 def parse_blueprint(text: str) -> Blueprint:
     """``osp:projections=false`` -> a blueprint; another kind of technique, or none, names the blueprints there are."""
-    name = text.partition(":")[0].strip().replace("-", "_")
-    if name not in (known := names(Blueprint)):
-        what = "is no blueprint" if name in technique_files() else "does not exist"
-        raise InputError(f"the blueprint {name!r} {what}; the blueprints are {', '.join(known)}")
-    found = parse_technique(text)
-    assert isinstance(found, Blueprint)
-    return found
+    return _of_role(text, Blueprint, "the blueprint", "is no blueprint", "the blueprints are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:

@@ -29,11 +29,10 @@ from layerwise.measuring import NetworkMeasures
 from layerwise.network.network import open_network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
-from layerwise.plan.measures import parse_allocator
 from layerwise.plan.menu import make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.prepare import Options, Prepared, check_budget, reachable
-from layerwise.recipe import surgery
+from layerwise.recipe import parse_allocator, surgery
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.shortlist import shortlist

@@ -17,9 +17,10 @@ from layerwise.errors import InputError
 from layerwise.plan import high_impact_ratio
 from layerwise.plan.adaquant_ip import rises
 from layerwise.plan.inter_layer import interactions
-from layerwise.plan.measures import Place, asked, parse_allocator
+from layerwise.plan.measures import Place, asked
 from layerwise.plan.order import _scored, candidate_at, level_of, read_levels, settled
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Sum, leaves
+from layerwise.recipe import parse_allocator
 from layerwise.sensitivity.hessian import Hessian
 
 WIDTHS = (2, 4, 8)

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.recipe import parse_technique
-from layerwise.technique import Allocator, names, technique_files
 
 if TYPE_CHECKING:
     from layerwise.sensitivity.hessian import Hessian
@@ -63,14 +61,3 @@ def asked(measures: Measures | None, name: str) -> Measures:
     if measures is None:
         raise InputError(f"{name} reads figures off the network; give allocate its measures")
     return measures
-
-
-def parse_allocator(text: str) -> Allocator:
-    """``hawq:kind=trace`` -> an allocator; another kind of technique, or none, names the allocators there are."""
-    name = text.partition(":")[0].strip().replace("-", "_")
-    if name not in (known := names(Allocator)):
-        what = "plans nothing" if name in technique_files() else "does not exist"
-        raise InputError(f"the allocator {name!r} {what}; the allocators are {', '.join(known)}")
-    found = parse_technique(text)
-    assert isinstance(found, Allocator)
-    return found
