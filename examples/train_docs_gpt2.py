@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from train_docs_lm import save, split_documents, standard_library_documents
+from train_docs_lm import save, split_documents, standard_library_documents, train_tokenizer
 
 CONTEXT = 128
 POSITIONS = 256
@@ -36,29 +36,13 @@ def main() -> None:
 
 def train(arguments: argparse.Namespace, train_text: str, held_out_text: str) -> None:
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(
-        train_text.split("\n"),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=["<s>", "</s>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=POSITIONS
-    ).save_pretrained(arguments.out)
-
+    raw = train_tokenizer(train_text, VOCABULARY, POSITIONS, arguments.out)
     train_ids = torch.tensor(raw.encode(train_text).ids)
     held_out_ids = torch.tensor(raw.encode(held_out_text).ids)
     print(f"{len(train_ids)} training tokens, {len(held_out_ids)} held-out tokens", flush=True)

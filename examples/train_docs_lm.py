@@ -26,6 +26,10 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 CONTEXT = 256
 VOCABULARY = 2048
@@ -130,31 +134,38 @@ def main() -> None:
         train(arguments, train_text, held_out_text)
 
 
-def train(arguments: argparse.Namespace, train_text: str, held_out_text: str) -> None:
-    import torch
+def train_tokenizer(text: str, vocabulary: int, positions: int, out: Path) -> "Tokenizer":
+    """A byte-level BPE tokenizer learnt from ``text`` and saved to ``out``; ``positions`` is the longest input."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(arguments.seed)
-    torch.set_num_threads(arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(
-        train_text.split("\n"),
+        text.split("\n"),
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             special_tokens=["<s>", "</s>"],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512
-    ).save_pretrained(arguments.out)
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=positions
+    ).save_pretrained(out)
+    return raw
 
+
+def train(arguments: argparse.Namespace, train_text: str, held_out_text: str) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    raw = train_tokenizer(train_text, VOCABULARY, 512, arguments.out)
     train_ids = torch.tensor(raw.encode(train_text).ids)
     held_out_ids = torch.tensor(raw.encode(held_out_text).ids)
     print(f"{len(train_ids)} training tokens, {len(held_out_ids)} held-out tokens", flush=True)
