@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 Levels = NDArray[np.int16]
 Half = NDArray[np.float16]
+TWO, FOUR = np.uint8(3), np.uint8(15)  # masks; typed, so that bytes stay bytes
 
 
 @dataclass(frozen=True)
@@ -127,19 +128,21 @@ def _signed(name: str, blocks: Levels, step: Half) -> Bytes:
     codes = (parts * sign[:, :, None] - low).astype(np.uint8).reshape(blocks.shape)
     if name == "Q3_K":
         scales = (sign + 32).astype(np.uint8)
-        low_bits, high_bits = scales & 15, scales >> 4
-        packed = [low_bits[:, :8] | low_bits[:, 8:] << 4, sum_shifted(high_bits.reshape(-1, 4, 4), 2)]
+        low_bits, high_bits = scales & FOUR, scales >> np.uint8(4)
+        packed = [low_bits[:, :8] | low_bits[:, 8:] << 4, _stacked(high_bits.reshape(-1, 4, 4), 2)]
         mask = np.packbits((codes >> 2).reshape(-1, 8, 32), axis=1, bitorder="little")[:, 0]
-        return np.concatenate([mask, _two_bits(codes & 3), *packed, _bytes(step)], 1)
+        return np.concatenate([mask, _two_bits(codes & TWO), *packed, _bytes(step)], 1)
     if name == "Q6_K":
-        halves = (codes & 15).reshape(-1, 2, 2, 64)
+        halves = (codes & FOUR).reshape(-1, 2, 2, 64)
         nibbles = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
-        return np.concatenate([nibbles, _two_bits(codes >> 4), sign.astype(np.int8).view(np.uint8), _bytes(step)], 1)
+        return np.concatenate(
+            [nibbles, _two_bits(codes >> np.uint8(4)), sign.astype(np.int8).view(np.uint8), _bytes(step)], 1
+        )
     scale = _bytes(step * sign[:, 0].astype(np.float16))
     if name == "Q4_0":
         return np.concatenate([scale, _nibbles(codes)], 1)
     if name == "Q5_0":
-        return np.concatenate([scale, np.packbits(codes >> 4, axis=1, bitorder="little"), _nibbles(codes & 15)], 1)
+        return np.concatenate([scale, np.packbits(codes >> 4, axis=1, bitorder="little"), _nibbles(codes & FOUR)], 1)
     if name == "Q8_0":
         return np.concatenate([scale, codes - 128], 1)  # wraps around to the signed byte
     if name == "TQ2_0":
@@ -156,7 +159,7 @@ def _shifted(name: str, blocks: Levels, step: Half) -> Bytes:
         codes = (blocks - least).astype(np.uint8)
         offset = (least[:, 0] * step.astype(np.float32)).astype(np.float16)
         high = [np.packbits(codes >> 4, axis=1, bitorder="little")] if name == "Q5_1" else []
-        return np.concatenate([_bytes(step), _bytes(offset), *high, _nibbles(codes & 15)], 1)
+        return np.concatenate([_bytes(step), _bytes(offset), *high, _nibbles(codes & FOUR)], 1)
     least = np.minimum(least, 0)
     codes = (parts - least[:, :, None]).astype(np.uint8).reshape(blocks.shape)
     below = (-least).astype(np.uint8)
@@ -164,8 +167,8 @@ def _shifted(name: str, blocks: Levels, step: Half) -> Bytes:
         return np.concatenate([below << 4 | 1, _two_bits(codes), _bytes(step), _bytes(step)], 1)
     first, second = below[:, :4], below[:, 4:]  # six bits of each scale (all 1) and least level
     ones = np.ones_like(first)
-    scales = np.concatenate([ones, first | second >> 4 << 6, ones | (second & 15) << 4], 1)
-    pairs = (codes & 15).reshape(-1, 4, 2, 32)
+    scales = np.concatenate([ones, first | second >> 4 << 6, ones | (second & FOUR) << 4], 1)
+    pairs = (codes & FOUR).reshape(-1, 4, 2, 32)
     nibbles = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
     mask = [np.packbits((codes >> 4).reshape(-1, 8, 32), axis=1, bitorder="little")[:, 0]] if name == "Q5_K" else []
     return np.concatenate([_bytes(step), _bytes(step), scales, *mask, nibbles], 1)
@@ -182,7 +185,7 @@ def unpack(name: str, packed: Bytes) -> tuple[Levels, Half, Half | None]:
     shifted = name in SHIFTED
     at = 4 if shifted else 2
     offset = packed[:, 2:4].copy().view(np.float16)[:, 0] if shifted else None
-    codes = np.concatenate([packed[:, -16:] & 15, packed[:, -16:] >> 4], 1).astype(np.int16)
+    codes = np.concatenate([packed[:, -16:] & FOUR, packed[:, -16:] >> 4], 1).astype(np.int16)
     if name in ("Q5_0", "Q5_1"):
         codes |= np.unpackbits(packed[:, at : at + 4], axis=1, bitorder="little").astype(np.int16) << 4
     elif name not in ("Q4_0", "Q4_1"):
@@ -207,18 +210,18 @@ def _nibbles(codes: Bytes) -> Bytes:
     return codes[:, :16] | codes[:, 16:] << 4
 
 
-def sum_shifted(codes: Bytes, bits: int) -> Bytes:
+def _stacked(codes: Bytes, bits: int) -> Bytes:
     """``codes`` [blocks, n, m], of few bits each -> [blocks, m], the n-th shifted by ``bits`` n."""
     out = codes[:, 0].copy()
     for place in range(1, codes.shape[1]):
-        out |= codes[:, place] << (bits * place)
+        out |= codes[:, place] << np.uint8(bits * place)
     return out
 
 
 def _two_bits(codes: Bytes) -> Bytes:
     """256 codes of 2 bits: runs of 32 columns lie over one another, four to a byte."""
     parts = codes.reshape(-1, 4, 32)
-    return sum_shifted(parts, 2).reshape(-1, 64)
+    return _stacked(parts, 2).reshape(-1, 64)
 
 
 def _trits(codes: Bytes) -> Bytes:

@@ -58,7 +58,7 @@ class Target:
     transposed: tuple[str, ...] = ()  # modules that keep [in, out]
 
     def place(self, parameter: str) -> str:
-        """``model.layers.3.mlp.up_proj.weight`` -> ``blk.3.ffn_up.weight``; raises ``InputError`` for an unknown one."""
+        """``model.layers.3.mlp.up_proj.weight`` -> ``blk.3.ffn_up.weight``; an unknown one is an ``InputError``."""
         module, _, last = parameter.rpartition(".")
         block = re.fullmatch(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)", module)
         found = self.names.get(block[2] if block else module)
@@ -110,7 +110,7 @@ def _decoder_keys(config: Config, prefix: str) -> dict[str, Value]:
 def _rope(config: Config, prefix: str) -> dict[str, Value]:
     settings = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
-    base = float(settings.get("rope_theta", config.get("rope_theta", 10000.0)))
+    base = float(settings.get("rope_theta") or config.get("rope_theta") or 10000.0)
     values: dict[str, Value] = {f"{prefix}.rope.freq_base": base}
     if kind == "linear":
         values |= {f"{prefix}.rope.scaling.type": "linear", f"{prefix}.rope.scaling.factor": float(settings["factor"])}
