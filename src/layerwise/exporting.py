@@ -48,7 +48,15 @@ def _gguf(artifact: str, out: str, options: ExportOptions) -> list[str]:
     return said + _told(artifact, done.forms, {site: done.types[site] for site in done.forms}, options)
 
 
-FORMATS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {"dense": _dense, "gguf": _gguf}
+def _onnx(artifact: str, out: str, options: ExportOptions) -> list[str]:
+    from layerwise.export.onnx import export_onnx
+
+    done = export_onnx(artifact, out, reencode=options.reencode, force=options.force)
+    types = {site: f"{form.spec().get('bits', 16)} bits" for site, form in done.forms.items()}
+    return [f"wrote {out}: {done.bytes:,} bytes", *_told(artifact, done.forms, types, options)]
+
+
+FORMATS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {"dense": _dense, "gguf": _gguf, "onnx": _onnx}
 
 
 def _told(artifact: str, forms: Mapping[str, Encoded], types: Mapping[str, str], options: ExportOptions) -> list[str]:

@@ -207,7 +207,7 @@ def _bytes(halves: Half) -> Bytes:
 
 def _nibbles(codes: Bytes) -> Bytes:
     """32 codes of 4 bits: the first half of the columns in the low nibbles."""
-    return codes[:, :16] | codes[:, 16:] << 4
+    return codes[:, :16] | codes[:, 16:] << np.uint8(4)
 
 
 def _stacked(codes: Bytes, bits: int) -> Bytes:
@@ -221,7 +221,7 @@ def _stacked(codes: Bytes, bits: int) -> Bytes:
 def _two_bits(codes: Bytes) -> Bytes:
     """256 codes of 2 bits: runs of 32 columns lie over one another, four to a byte."""
     parts = codes.reshape(-1, 4, 32)
-    return _stacked(parts, 2).reshape(-1, 64)
+    return _stacked(parts, 2).reshape(-1, 64).astype(np.uint8)
 
 
 def _trits(codes: Bytes) -> Bytes:
