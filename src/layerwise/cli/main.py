@@ -19,6 +19,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    import_,
     inspect,
     papers,
     plan,
@@ -43,6 +44,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("probe")(probe.probe)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)

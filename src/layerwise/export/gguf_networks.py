@@ -15,24 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layerwise.errors import InputError
+from layerwise.network.gguf_checkpoint import DECODER, paired_rows
 from layerwise.network.gguf_file import Value
 
 Config = dict[str, Any]
 
-_DECODER = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 _GPT2 = {
     "transformer.wte": "token_embd",
     "transformer.wpe": "position_embd",
@@ -74,11 +61,6 @@ class Target:
 
     def is_transposed(self, parameter: str) -> bool:
         return parameter.endswith(tuple(f"{name}.weight" for name in self.transposed))
-
-
-def paired_rows(rows: int, head: int) -> NDArray[np.int64]:
-    """Rows of heads of ``head`` channels, channel i followed by channel i + head / 2."""
-    return np.arange(rows).reshape(-1, 2, head // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _head_size(config: Config) -> int:
@@ -137,9 +119,9 @@ def _gpt2_keys(config: Config, prefix: str) -> dict[str, Value]:
 
 
 TARGETS = {
-    "LlamaForCausalLM": Target("llama", _DECODER, _decoder_keys, pairs=True),
-    "MistralForCausalLM": Target("llama", _DECODER, _decoder_keys, pairs=True),
-    "Qwen2ForCausalLM": Target("qwen2", _DECODER, _decoder_keys),
+    "LlamaForCausalLM": Target("llama", DECODER, _decoder_keys, pairs=True),
+    "MistralForCausalLM": Target("llama", DECODER, _decoder_keys, pairs=True),
+    "Qwen2ForCausalLM": Target("qwen2", DECODER, _decoder_keys),
     "GPT2LMHeadModel": Target("gpt2", _GPT2, _gpt2_keys, transposed=("c_attn", "c_proj", "c_fc")),
 }
 

@@ -15,15 +15,19 @@ from typing import Any
 
 from layerwise.errors import InputError
 from layerwise.network.gguf_file import Value
+from layerwise.network.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    IGNORE_MERGES,
+    NORMAL,
+    RULES,
+    SPECIAL,
+    UNKNOWN,
+    UNUSED,
+    USER,
+)
 
-NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 NEVER = -1e9  # the score of a token that no merge makes
-
-# The rule that cuts text into words -> llama.cpp's name for it.
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-RULES = {_CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe", _CONTRACTIONS + r"\p{N}" + _REST: "qwen2"}
-IGNORE_MERGES = {"llama-bpe"}  # llama.cpp looks whole words up first under these rules
 
 
 def tokenizer_values(folder: Path, size: int) -> dict[str, Value]:
@@ -133,7 +137,7 @@ def _word_rule(stored: dict[str, Any], path: Path) -> str:
 def _special(stored: dict[str, Any], settings: dict[str, Any], words: dict[str, int], path: Path) -> dict[str, Value]:
     values: dict[str, Value] = {}
     numbers = {}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for key, name in SPECIAL.items():
         text = settings.get(f"{key}_token")
         text = text.get("content") if isinstance(text, dict) else text
         if isinstance(text, str) and text in words:
