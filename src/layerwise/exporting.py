@@ -44,7 +44,7 @@ def _gguf(artifact: str, out: str, options: ExportOptions) -> list[str]:
 
     done = export_gguf(artifact, out, reencode=options.reencode, force=options.force)
     types = ", ".join(f"{count} {name}" for name, count in sorted(Counter(done.types.values()).items()))
-    said = [f"wrote {out}: {done.bytes:,} bytes, sites in {types}"]
+    said = [f"{_wrote(artifact, out, done.bytes)}, sites in {types}"]
     return said + _told(artifact, done.forms, {site: done.types[site] for site in done.forms}, options)
 
 
@@ -52,8 +52,19 @@ def _onnx(artifact: str, out: str, options: ExportOptions) -> list[str]:
     from layerwise.export.onnx import export_onnx
 
     done = export_onnx(artifact, out, reencode=options.reencode, force=options.force)
+    said = [_wrote(artifact, out, done.bytes)]
+    if done.widened:
+        said.append(
+            f"{len(done.widened)} sites are in fp16, for their form has no packed product: {done.widened[0]}, …"
+        )
     types = {site: f"{form.spec().get('bits', 16)} bits" for site, form in done.forms.items()}
-    return [f"wrote {out}: {done.bytes:,} bytes", *_told(artifact, done.forms, types, options)]
+    return said + _told(artifact, done.forms, types, options)
+
+
+def _wrote(artifact: str, out: str, size: int) -> str:
+    from layerwise.network.artifact import open_artifact
+
+    return f"wrote {out}: {size:,} bytes (the artifact: {open_artifact(artifact).size:,})"
 
 
 FORMATS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {"dense": _dense, "gguf": _gguf, "onnx": _onnx}

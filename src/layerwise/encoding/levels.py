@@ -73,6 +73,15 @@ def levels_of(form: Encoded) -> Levels | str:
     return Levels((rows, columns), part)
 
 
+def half_holds(form: Encoded) -> bool:
+    """Whether fp16 holds every value, as it does those of a pruned weight that keeps its own."""
+    for start, stop in form.row_chunks():
+        values = form.decode_rows(start, stop)
+        if not torch.equal(values.half().float(), values):
+            return False
+    return True
+
+
 def _integer(form: GroupedInteger) -> Callable[[int, int], Tensor]:
     from layerwise.encoding.bitplanes import unpack
 

@@ -24,7 +24,7 @@ from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.ggml_blocks import INTEGER_TYPES, TYPES, fits, pack
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
-from layerwise.encoding.levels import RUN, Levels, levels_of
+from layerwise.encoding.levels import RUN, Levels, half_holds, levels_of
 from layerwise.errors import InputError
 from layerwise.export.gguf_networks import Target, target_of
 from layerwise.export.gguf_tokenizer import tokenizer_values
@@ -125,16 +125,7 @@ def exact_type(form: Encoded) -> str | None:
             break
         part = levels.rows(start, stop)
         left = [name for name in left if fits(name, *part)]
-    return left[0] if left else "F16" if _is_half(form) else None
-
-
-def _is_half(form: Encoded) -> bool:
-    """Whether fp16 holds every value, as it does those of a pruned weight that keeps its own."""
-    for start, stop in form.row_chunks():
-        values = form.decode_rows(start, stop)
-        if not torch.equal(values.half().float(), values):
-            return False
-    return True
+    return left[0] if left else "F16" if half_holds(form) else None
 
 
 def nearest_type(form: Encoded) -> str:

@@ -18,6 +18,7 @@ from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.levels import half_holds
 from layerwise.errors import InputError
 from layerwise.export.onnx_graph import Graph, need_onnx
 from layerwise.export.onnx_networks import Source, network_of
@@ -31,9 +32,11 @@ DATA = "model.onnx.data"  # beside it
 
 @dataclass
 class OnnxExport:
-    """bytes: of the graph and its data.   forms: site -> its new weight, where it was rounded again."""
+    """bytes: of the graph and its data.   widened: sites that are in fp16, which holds their values, but not so short.
+    forms: site -> its new weight, where it was rounded again."""
 
     bytes: int = 0
+    widened: tuple[str, ...] = ()
     forms: dict[str, Encoded] = field(default_factory=dict)
 
 
@@ -49,13 +52,15 @@ def export_onnx(
             f"{artifact.directory} multiplies quantized inputs at {next(iter(artifact.inputs))}; the onnx export "
             f"computes in float32, so export an artifact without them"
         )
-    done = OnnxExport()
-    inexact = _inexact(artifact, reencode)
+    inexact, widened = _inexact(artifact, reencode)
+    done = OnnxExport(widened=tuple(sorted(widened)))
 
     def fetch(site: str) -> Encoded:
         form = artifact.encoded(site)
         if site in inexact and site not in done.forms:
             done.forms[site] = rounded(form)
+        if site in widened:
+            return Dense.of(form.decode(), torch.float16)
         return done.forms.get(site, form)
 
     with staged(Path(folder), force) as out:
@@ -69,13 +74,18 @@ def export_onnx(
     return done
 
 
-def _inexact(artifact: Artifact, reencode: bool) -> set[str]:
-    reasons = {}
+def _inexact(artifact: Artifact, reencode: bool) -> tuple[set[str], set[str]]:
+    """Sites that are rounded again (refused unless ``reencode``), and those that fp16 holds."""
+    reasons: dict[str, str] = {}
+    widened: set[str] = set()
     for site, stored in artifact.sites.items():
         if stored.kernel is not None:
             raise InputError(f"site {site} is a convolution; the onnx export knows linears and tables")
-        reason = supported(artifact.encoded(site))
-        if reason is not None:
+        form = artifact.encoded(site)
+        reason = supported(form)
+        if reason is not None and half_holds(form):
+            widened.add(site)
+        elif reason is not None:
             reasons[site] = reason
     if reasons and not reencode:
         site, reason = next(iter(reasons.items()))
@@ -84,15 +94,14 @@ def _inexact(artifact: Artifact, reencode: bool) -> set[str]:
             f"the onnx export has no exact equal for site {site}{more}: it {reason}; give --reencode to round such "
             f"sites again"
         )
-    return set(reasons)
+    return set(reasons), widened
 
 
 def rounded(form: Encoded) -> Encoded:
     """A form rounded to what ``MatMulNBits`` multiplies, or to fp16 where that would be narrower than it is."""
     weight = form.decode()
     bits = 8 * form.nbytes / weight.numel()
-    half = weight.half()
-    if bits > 9 or (bits > 8 and torch.equal(half.float(), weight)):
+    if bits > 9:
         return Dense.of(weight, torch.float16)
     fitted = fit_grid(weight, Grid(bits=4 if bits <= 4.5 else 8, group=32, symmetric=True), clip=True)
     return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)

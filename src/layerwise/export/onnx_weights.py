@@ -36,7 +36,8 @@ class Blocks:
     """Codes of a matrix in blocks of columns, as names in a graph; weight = (code - zero) * step, or level * step.
 
     codes [rows, blocks, bytes] uint8, steps [rows, blocks] float32; zeros [rows, bytes] packed uint8 or None: the
-    middle; levels [16] float32 or None. ``packed``: a block is one that ``MatMulNBits`` has.
+    middle; or zeros [rows, blocks] float32 (``float_zeros``); levels [16] float32 or None. ``packed``: ``MatMulNBits``
+    has such blocks.
     """
 
     rows: int
@@ -48,6 +49,7 @@ class Blocks:
     zeros: str | None = None
     levels: str | None = None
     packed: bool = True
+    float_zeros: bool = False
 
 
 class Weights:
@@ -160,10 +162,14 @@ class Weights:
         whole = torch.cat([codes.to(torch.uint8), filled], 1).view(rows, count, block)
         stored = self.graph.tensor(packed_low_first(whole, bits), name)
         zero_name = None
-        if zeros is not None:
+        real = zeros is not None and zeros.is_floating_point()
+        if zeros is not None and real:
+            zero_name = self.graph.floats(_spread(zeros, width, block, columns), f"{name}_zero")
+        elif zeros is not None:
             spread = _spread(zeros, width, block, columns)
             zero_name = self.graph.tensor(packed_low_first(spread, bits), f"{name}_zero")
-        return Blocks(rows, columns, bits, block, stored, steps, zero_name, levels, packed and levels is None)
+        packed = packed and levels is None and not real
+        return Blocks(rows, columns, bits, block, stored, steps, zero_name, levels, packed, real)
 
     def _steps(self, fitted: FittedGrid, width: int, name: str) -> str:
         if fitted.grid.scale_bits == 8 and not fitted.grid.float_scale:
@@ -212,6 +218,8 @@ class Weights:
             values = graph.cast(codes, "FLOAT")
             if stored.zeros is None:
                 zero = graph.number(2 ** (stored.bits - 1))
+            elif stored.float_zeros:
+                zero = graph.node("Unsqueeze", taken(stored.zeros), graph.ints(-1))
             else:
                 zeros = graph.cast(self._unpacked(taken(stored.zeros), stored.bits, count), "FLOAT")
                 zero = graph.node("Unsqueeze", zeros, graph.ints(-1))
@@ -248,9 +256,7 @@ def supported(form: Encoded) -> str | None:
         return supported(form.first) or supported(form.second)
     if isinstance(form, LowRank):
         return supported(form.left) or supported(form.right)
-    if isinstance(form, GroupedInteger):
-        return "has a zero point that is no whole number (float_zero)" if form.grid.float_zero else None
-    return None if isinstance(form, Dense | Codebook | Ternary) else f"is of the form {form.form}"
+    return None if isinstance(form, Dense | GroupedInteger | Codebook | Ternary) else f"is of the form {form.form}"
 
 
 def block_of(width: int) -> tuple[int, bool]:
