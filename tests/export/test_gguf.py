@@ -9,10 +9,13 @@ import pytest
 import torch
 from tests.export.artifacts import artifact
 
+from layerwise.encoding.ggml_blocks import TYPES
+from layerwise.encoding.ggml_forms import blocks_of, form_of
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError
-from layerwise.export.gguf import exact_type, export_gguf, nearest_type, rounded
+from layerwise.export.gguf import changed, exact_type, export_gguf, near_type, nearest_type, rounded
 from layerwise.export.gguf_networks import target_of
 from layerwise.network.artifact import open_artifact
 from layerwise.network.gguf_file import read_header
@@ -54,6 +57,27 @@ def test_rounding_again_takes_a_type_that_is_wide_enough():
     assert exact_type(again) in ("Q4_0", "Q5_0")
     error = (again.decode() - form.decode()).norm() / form.decode().norm()
     assert 0 < float(error) < 0.1
+
+
+@pytest.mark.parametrize(("symmetric", "wanted", "share"), [(True, "Q4_0", 0.6), (False, "Q4_1", 0.02)])
+def test_levels_are_kept_where_only_the_steps_are_not_exact(symmetric: bool, wanted: str, share: float):
+    """A grid with zero points has no symmetric equal, so rounding to one costs fifty times as much."""
+    form = integer(64, bits=4, group=32, symmetric=symmetric, scale_bits=8)
+    assert exact_type(form) is None and near_type(form) == wanted
+    weight = form.decode()
+    kept, again = changed(form, wanted).decode(), rounded(form, "Q4_0").decode()
+    assert float((kept - weight).abs().max()) <= float(weight.abs().max()) * 2**-9
+    assert float((kept - weight).norm()) < share * float((again - weight).norm())
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
+def test_blocks_with_offsets_go_out_as_they_came_in(name: str):
+    draw = np.random.default_rng(0)
+    packed = draw.integers(0, 256, (6, 3, TYPES[name].nbytes)).astype(np.uint8)
+    packed[:, :, :4] = np.abs(draw.normal(size=(6, 3, 2))).astype(np.float16).view(np.uint8)
+    form = form_of(name, packed.reshape(6, -1), 96)
+    assert isinstance(form, Sum) and exact_type(form) == name
+    assert np.array_equal(blocks_of(name, form).reshape(packed.shape), packed)
 
 
 @pytest.mark.parametrize("name", ["tiny_llama", "tiny_qwen2", "tiny_gpt2"])

@@ -67,6 +67,7 @@ RECIPES = (
     "nf4:group=32",
     "ternary:group=64",
     "ptqtp",
+    "bivit",
     "hqq:group=64",
     "caldera",
     "dense",

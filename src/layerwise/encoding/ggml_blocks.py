@@ -90,8 +90,11 @@ SHIFTED = {"Q4_1": (15, None, 32), "Q5_1": (31, None, 32), "Q2_K": (3, -15, 16)}
 }  # fmt: skip
 
 
-def fits(name: str, levels: Levels, steps: Half) -> bool:
-    """Whether the type holds these rows exactly: ``levels`` [rows, columns], ``steps`` [rows, columns / 32]."""
+def fits(name: str, levels: Levels, steps: Half, near: bool = False) -> bool:
+    """Whether the type holds these rows exactly: ``levels`` [rows, columns], ``steps`` [rows, columns / 32].
+
+    near: the offsets ``m`` of Q4_1 and Q5_1 may be rounded to fp16.
+    """
     kind = TYPES[name]
     if levels.shape[1] % kind.columns:
         return False
@@ -108,7 +111,9 @@ def fits(name: str, levels: Levels, steps: Half) -> bool:
         return bool((most - least <= span).all() and (least >= lowest).all())
     with np.errstate(over="ignore"):
         offset = least * steps.reshape(-1).astype(np.float32)
-        return bool((most - least <= span).all() and (offset.astype(np.float16).astype(np.float32) == offset).all())
+        stored = offset.astype(np.float16)
+        held = np.isfinite(stored) if near else stored.astype(np.float32) == offset
+        return bool((most - least <= span).all() and held.all())
 
 
 def pack(name: str, levels: Levels, steps: Half) -> Bytes:
@@ -156,10 +161,7 @@ def _shifted(name: str, blocks: Levels, step: Half) -> Bytes:
     parts = blocks.reshape(len(blocks), -1, width)
     least = parts.min(2)
     if lowest is None:
-        codes = (blocks - least).astype(np.uint8)
-        offset = (least[:, 0] * step.astype(np.float32)).astype(np.float16)
-        high = [np.packbits(codes >> 4, axis=1, bitorder="little")] if name == "Q5_1" else []
-        return np.concatenate([_bytes(step), _bytes(offset), *high, _nibbles(codes & FOUR)], 1)
+        return pack_codes(name, blocks - least, step, (least[:, 0] * step.astype(np.float32)).astype(np.float16))
     least = np.minimum(least, 0)
     codes = (parts - least[:, :, None]).astype(np.uint8).reshape(blocks.shape)
     below = (-least).astype(np.uint8)
@@ -172,6 +174,13 @@ def _shifted(name: str, blocks: Levels, step: Half) -> Bytes:
     nibbles = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
     mask = [np.packbits((codes >> 4).reshape(-1, 8, 32), axis=1, bitorder="little")[:, 0]] if name == "Q5_K" else []
     return np.concatenate([_bytes(step), _bytes(step), scales, *mask, nibbles], 1)
+
+
+def pack_codes(name: str, codes: Levels, step: Half, offset: Half) -> Bytes:
+    """Blocks of Q4_1 or Q5_1 from their codes [blocks, 32], d and m."""
+    small = codes.astype(np.uint8)
+    high = [np.packbits(small >> 4, axis=1, bitorder="little")] if name == "Q5_1" else []
+    return np.concatenate([_bytes(step), _bytes(offset), *high, _nibbles(small & FOUR)], 1)
 
 
 # ---------------------------------------------------------------- unpacking

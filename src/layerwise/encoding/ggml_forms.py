@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
-from layerwise.encoding.ggml_blocks import SHIFTED, SIGNED, TYPES, Bytes, unpack
+from layerwise.encoding.ggml_blocks import SHIFTED, SIGNED, TYPES, Bytes, pack_codes, unpack
 from layerwise.encoding.grid import SMALLEST_STEP, FittedGrid, Grid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
@@ -63,6 +63,32 @@ def form_of(name: str, packed: Bytes, columns: int) -> Encoded:
     fitted = FittedGrid(grid, columns, by_row(steps), None, None if symmetric else by_row(zeros))
     whole = GroupedInteger.from_codes(by_row(codes), fitted)
     return whole if offsets is None else Sum(whole, _offsets(by_row(offsets), columns))
+
+
+def offset_type(form: Sum) -> str | None:
+    """The type whose blocks a sum came from (``form_of``), None where it is another sum."""
+    whole, offsets = form.first, form.second
+    if not isinstance(whole, GroupedInteger) or not isinstance(offsets, LowRank) or form.shape[1] % RUN:
+        return None
+    grid, left = whole.grid, offsets.left
+    known = grid in (Grid(4, RUN), Grid(5, RUN)) and whole.fitted.zero is not None
+    if not known or bool(whole.fitted.zero.any()) or not isinstance(left, Dense):  # type: ignore[union-attr]
+        return None
+    if left.values.dtype != torch.float16 or left.shape[0] != form.shape[1] // RUN:
+        return None
+    shown = _offsets(left.values.T, form.shape[1]).right
+    return f"Q{grid.bits}_1" if torch.equal(shown.decode(), offsets.right.decode()) else None
+
+
+def blocks_of(name: str, form: Sum) -> Bytes:
+    """The blocks [rows, row bytes] of a sum for which ``offset_type`` is ``name``."""
+    whole, offsets = form.first, form.second
+    assert isinstance(whole, GroupedInteger) and isinstance(offsets, LowRank) and isinstance(offsets.left, Dense)
+    rows, columns = form.shape
+    steps = whole.fitted.scale.numpy()
+    levels = whole.codes().numpy().astype(np.int16).reshape(-1, RUN)
+    packed = pack_codes(name, levels, steps.reshape(-1), offsets.left.values.T.contiguous().numpy().reshape(-1))
+    return packed.reshape(rows, columns // RUN * TYPES[name].nbytes)
 
 
 def _offsets(offsets: Tensor, columns: int) -> LowRank:

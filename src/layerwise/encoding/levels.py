@@ -33,8 +33,11 @@ class Levels:
     rows: Callable[[int, int], tuple[NDArray[np.int16], NDArray[np.float16]]]
 
 
-def levels_of(form: Encoded) -> Levels | str:
-    """The levels of a form, or a sentence's end that says why it has none: "has a float zero"."""
+def levels_of(form: Encoded, near: bool = False) -> Levels | str:
+    """The levels of a form, or a sentence's end that says why it has none: "has a float zero".
+
+    near: steps that fp16 does not hold are rounded to it, which changes a weight by at most 1 part in 2048.
+    """
     rows, columns = form.shape
     if columns % RUN:
         return f"has {columns} columns, no multiple of {RUN}"
@@ -63,8 +66,10 @@ def levels_of(form: Encoded) -> Levels | str:
     if width % RUN:
         return f"has groups of {width} columns, no multiple of {RUN}"
     half = steps.half()
-    if not torch.equal(half.float(), steps):
+    if not near and not torch.equal(half.float(), steps):
         return "has steps that fp16 does not hold (8-bit scales times a factor)"
+    if not bool(torch.isfinite(half).all()):
+        return "has steps beyond fp16's largest number"
     spread = torch.arange(0, columns, RUN) // width
 
     def part(start: int, stop: int) -> tuple[NDArray[np.int16], NDArray[np.float16]]:

@@ -1,15 +1,17 @@
 """An artifact as one GGUF file for llama.cpp: every site in a block type that holds its values exactly.
 
-A site whose grid no type holds is refused by name, or with ``reencode`` rounded again: to Q4_0, Q5_0 or Q8_0 (groups of
-32 with a symmetric grid), the first of these that has at least as many bits a weight as the site was stored in, or to
-fp16 where the columns are no multiple of 32. What that costs is for the caller to measure: ``Conversion.forms`` has the
-new weights. Norms and biases are fp32, which llama.cpp insists on; other plain tensors keep their type.
+A site whose grid no type holds is refused by name, or changed with ``reencode``. Where it is whole levels times a step,
+the levels stay, and steps (8-bit ones times a factor) and offsets are rounded to fp16: a weight moves by a thousandth.
+Anything else is rounded again to Q4_0, Q5_0 or Q8_0 (groups of 32 with a symmetric grid), the first of these that has
+at least as many bits a weight as the site was stored in, or to fp16 where the columns are no multiple of 32. What that
+costs is for the caller to measure: ``Conversion.forms`` has the new weights. Norms and biases are fp32, which llama.cpp
+insists on; other plain tensors keep their type.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,11 @@ from torch import Tensor
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.ggml_blocks import INTEGER_TYPES, TYPES, fits, pack
+from layerwise.encoding.ggml_forms import BITS, blocks_of, form_of, offset_type
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.levels import RUN, Levels, half_holds, levels_of
+from layerwise.encoding.sums import Sum
 from layerwise.errors import InputError
 from layerwise.export.gguf_networks import Target, target_of
 from layerwise.export.gguf_tokenizer import tokenizer_values
@@ -81,7 +85,7 @@ def export_gguf(
             return
         form = artifact.encoded(site)
         if site in inexact:
-            form = done.forms[site] = rounded(form, done.types[site])
+            form = done.forms[site] = changed(form, done.types[site])
         order = target.row_order(parameter, form.shape[0], artifact.config)
         yield from _blocks(form, done.types[site], order)
 
@@ -103,7 +107,7 @@ def choose_types(artifact: Artifact, reencode: bool) -> tuple[dict[str, str], se
         found = exact_type(form)
         if found is None:
             inexact[site] = _reason(form)
-        types[site] = found or nearest_type(form)
+        types[site] = found or near_type(form) or nearest_type(form)
     if inexact and not reencode:
         site, reason = next(iter(inexact.items()))
         more = f" (and {len(inexact) - 1} more)" if len(inexact) > 1 else ""
@@ -118,14 +122,24 @@ def exact_type(form: Encoded) -> str | None:
     """The smallest type that holds a form exactly: blocks of integers, else fp16 where that holds every value."""
     if isinstance(form, Dense):
         return FLOATS[form.values.dtype]
-    levels = levels_of(form)
-    left = [] if isinstance(levels, str) else list(INTEGER_TYPES)
+    if isinstance(form, Sum) and offset_type(form):
+        return offset_type(form)
+    return _first_that_fits(form, INTEGER_TYPES, False) or ("F16" if half_holds(form) else None)
+
+
+def near_type(form: Encoded) -> str | None:
+    """The smallest type that holds a form's levels, steps and offsets rounded to fp16; None where it has no levels."""
+    return _first_that_fits(form, [name for name in INTEGER_TYPES if name in BITS], True)
+
+
+def _first_that_fits(form: Encoded, names: Sequence[str], near: bool) -> str | None:
+    levels, left = levels_of(form, near), list(names)
+    if isinstance(levels, str):
+        return None
     for start, stop in form.row_chunks():
-        if isinstance(levels, str) or not left:
-            break
         part = levels.rows(start, stop)
-        left = [name for name in left if fits(name, *part)]
-    return left[0] if left else "F16" if half_holds(form) else None
+        left = [name for name in left if fits(name, *part, near)]
+    return left[0] if left else None
 
 
 def nearest_type(form: Encoded) -> str:
@@ -134,6 +148,14 @@ def nearest_type(form: Encoded) -> str:
         return "F16"
     bits = 8 * form.nbytes / (form.shape[0] * form.shape[1])
     return next((name for name in ROUNDED if TYPES[name].bits >= bits), "Q8_0" if bits <= 9 else "F16")
+
+
+def changed(form: Encoded, name: str) -> Encoded:
+    """A form that its type does not hold exactly, as what the type holds."""
+    levels = levels_of(form, near=True)
+    if name in BITS and not isinstance(levels, str) and near_type(form) == name:
+        return form_of(name, pack(name, *levels.rows(0, form.shape[0])), form.shape[1])
+    return rounded(form, name)
 
 
 def rounded(form: Encoded, name: str) -> Encoded:
@@ -208,14 +230,17 @@ def _floats(tensor: Tensor, kind: str) -> NDArray[Any]:
 
 def _blocks(form: Encoded, kind: str, order: NDArray[np.int64] | None) -> Iterator[NDArray[Any]]:
     """A form's rows in a type that holds it exactly, a few at a time, or at once where they change their order."""
-    levels = levels_of(form)
     parts = []
+    levels = levels_of(form)
+    with_offsets = blocks_of(kind, form) if isinstance(form, Sum) and kind in INTEGER_TYPES else None
     for start, stop in form.row_chunks():
-        if kind in INTEGER_TYPES:
-            assert isinstance(levels, Levels)
-            part: NDArray[Any] = pack(kind, *levels.rows(start, stop))
+        if kind not in INTEGER_TYPES:
+            part: NDArray[Any] = _floats(form.decode_rows(start, stop), kind)
+        elif with_offsets is not None:
+            part = with_offsets[start:stop]
         else:
-            part = _floats(form.decode_rows(start, stop), kind)
+            assert isinstance(levels, Levels)
+            part = pack(kind, *levels.rows(start, stop))
         if order is None:
             yield part
         else:

@@ -1,11 +1,11 @@
 """Stored forms as nodes of ONNX: products that ONNX Runtime multiplies packed, rows of tables, and the rest decoded.
 
 ``MatMulNBits`` (2, 4 or 8 bits; blocks of 16 to 256 columns; zero points in the codes' type) computes with
-``(code - zero) * step``, the very values of our integer and ternary grids: a longer group repeats its step, a code of
-3 bits moves into 4, one of 5 to 7 into 8. Groups that it cannot have are decoded by plain operators in the graph, from
-the same codes and steps, for an ordinary ``MatMul``. A look-up table keeps its 4-bit codes and takes its levels by
-``Gather``; a sum of forms is a sum of products; two low-rank factors are two products. Scales stay in the file as they
-are stored: fp16, or bytes and a factor.
+``(code - zero) * step``, the very values of our integer, ternary and binary grids: a longer group repeats its step, a
+code of 3 bits moves into 4, one of 5 to 7 into 8. Groups that it cannot have are decoded by plain operators in the
+graph, from the same codes and steps, for an ordinary ``MatMul``. A look-up table keeps its 4-bit codes and takes its
+levels by ``Gather``; a sum of forms is a sum of products; two low-rank factors are two products. Scales stay in the
+file as they are stored: fp16, or bytes and a factor.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.encoding.binary import Binary
 from layerwise.encoding.codebook import LEVELS, Codebook
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
@@ -75,6 +76,10 @@ class Weights:
             for part in parts[1:]:
                 total = graph.node("Add", total, part)
             return total
+        if isinstance(form, Binary) and form.mean is not None:
+            total = graph.node("ReduceSum", x, graph.ints(-1), keepdims=1)
+            means = graph.node("Mul", total, self._means(form, name))
+            return graph.node("Add", self._times(self.blocks(form, name), x), means)
         if isinstance(form, Dense):
             return graph.node("MatMul", x, graph.node("Transpose", self.decoded(form, name), perm=[1, 0]))
         return self._times(self.blocks(form, name), x)
@@ -95,7 +100,17 @@ class Weights:
         total = parts[0]
         for part in parts[1:]:
             total = graph.node("Add", total, part)
+        if isinstance(form, Binary) and form.mean is not None:
+            means = graph.node("Gather", self._means(form, name), index)
+            total = graph.node("Add", total, graph.node("Unsqueeze", means, graph.ints(-1)))
         return total
+
+    def _means(self, form: Binary, name: str) -> str:
+        key = f"{name}_mean"
+        if key not in self._dense:
+            assert form.mean is not None
+            self._dense[key] = self.graph.floats(form.mean, key)
+        return self._dense[key]
 
     def decoded(self, form: Encoded, name: str) -> str:
         """The whole matrix [rows, columns] float32, decoded in the graph."""
@@ -123,8 +138,8 @@ class Weights:
                 self._blocks[key] = self._integer(form, key)
             elif isinstance(form, Codebook):
                 self._blocks[key] = self._table(form, key)
-            elif isinstance(form, Ternary):
-                self._blocks[key] = self._ternary(form, plane, key)
+            elif isinstance(form, Ternary | Binary):
+                self._blocks[key] = self._few_levels(form, plane, key)
             else:
                 raise ValueError(f"{name}: the form {form.form} has no blocks; see supported()")
         return self._blocks[key]
@@ -143,13 +158,15 @@ class Weights:
         levels = self.graph.constant(torch.tensor(LEVELS[form.name]).numpy())
         return self._store(name, form.codes(), None, width, 4, self._steps(form.fitted, width, name), levels)
 
-    def _ternary(self, form: Ternary, plane: int, name: str) -> Blocks:
+    def _few_levels(self, form: Ternary | Binary, plane: int, name: str) -> Blocks:
+        """-1, 0 and 1, or -1 and 1, as the codes 1, 2 and 3 of two bits."""
         columns = form.columns
         width = columns if form.group == 0 else min(form.group, columns)
         groups = -(-columns // width)
         stored = form.scales.stored[:, plane * groups : (plane + 1) * groups]
         steps = self._scaled(Scales(stored, form.scales.factor), width, columns, name)
-        return self._store(name, form.codes()[:, plane] + 1, None, width, 2, steps, None)
+        codes = form.codes()[:, plane] + 1 if isinstance(form, Ternary) else 2 * form.codes() + 1
+        return self._store(name, codes, None, width, 2, steps, None)
 
     def _store(
         self, name: str, codes: Tensor, zeros: Tensor | None, width: int, bits: int, steps: str, levels: str | None
@@ -256,7 +273,11 @@ def supported(form: Encoded) -> str | None:
         return supported(form.first) or supported(form.second)
     if isinstance(form, LowRank):
         return supported(form.left) or supported(form.right)
-    return None if isinstance(form, Dense | GroupedInteger | Codebook | Ternary) else f"is of the form {form.form}"
+    return (
+        None
+        if isinstance(form, Dense | GroupedInteger | Codebook | Ternary | Binary)
+        else f"is of the form {form.form}"
+    )
 
 
 def block_of(width: int) -> tuple[int, bool]:
