@@ -2,8 +2,8 @@
 
 Every setting of its menu is carried out on the calibrated network and stored in 16 bits, then held by the loss against
 
-- each of its ``rivals``: settings of surgeons that make a network of about the same bytes, such as the surgeon itself with
-  its idea taken out; without any, the network as it came;
+- each of its ``rivals``: settings of surgeons that make a network of about the same bytes, such as the surgeon itself
+  with its idea taken out; without any, the network as it came;
 - round to nearest, planned within the same bytes, where the result is smaller than the network as it came: what the
   bytes are worth to quantization.
 """
