@@ -11,7 +11,7 @@ goes by ``s_g``, not by ``s_g N_g``, as in the authors' code.
 As a plan: a matrix's candidates lie between its smallest and its largest form, and ``keep`` is the place between the
 two. The budget says where all matrices could lie alike (p); ``spread`` is how far below it a block may fall, as a share
 of that range, the paper's 0.1. In each block every matrix takes its largest candidate within its place, so with masks
-of rising sparsity all matrices of a block are equally sparse. What lies outside the blocks stays at the common place.
+of rising sparsity all matrices of a block are equally sparse; what this leaves unused is shared out again. What lies outside the blocks stays at the common place.
 Where blocks are the whole network's layers (a network without blocks) each layer is a group of its own.
 
 Left open and chosen here: the loss's labels are drawn from the network's own distribution, since nothing is labelled;
@@ -29,7 +29,7 @@ from typing import ClassVar
 
 from layerwise.errors import InputError
 from layerwise.plan.measures import Measures, Place, asked
-from layerwise.plan.order import refuse_below, settled, smallest_of
+from layerwise.plan.order import Level, refuse_below, settled, smallest_of
 from layerwise.plan.relaxation import relax
 from layerwise.plan.sparsities import over
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Node, leaves
@@ -57,9 +57,18 @@ class Ecoflap(Allocator):
         ranges: dict[str, int] = {}
         for leaf in sites:
             ranges[groups[leaf.name]] = ranges.get(groups[leaf.name], 0) + _span(leaf)
-        spare = budget - sum(_smallest(leaf) for leaf in sites)
-        places = shares(ranges, self._scores(known, groups), spare, self.spread)
-        return Allocation({leaf.name: candidate_within(leaf, places[groups[leaf.name]]) for leaf in sites}, choices)
+        scores = self._scores(known, groups)
+
+        def plan(spare: int) -> Level:
+            places = shares(ranges, scores, spare, self.spread)
+            return {leaf.name: candidate_within(leaf, places[groups[leaf.name]]) for leaf in sites}
+
+        low, high = 0, sum(ranges.values()) + 1  # the most spare bytes whose plan fits: candidates lie below places
+        while high - low > 1:
+            middle = (low + high) // 2
+            fits = sum(c.bytes for c in plan(middle).values()) <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        return Allocation(plan(low), choices)
 
     def objective(self, tree: Node, allocation: Allocation, measures: Measures | None = None) -> float:
         """Shares have no sum to make small: as many bytes as fit are kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-STEPS = (10, 20, 30, 35, 40, 45, 50, 55, 60, 65, 70, 75, 80, 85, 90, 95)  # per cent
+STEPS = (10, 20, 30, *(35 + 2.5 * i for i in range(23)), 95)  # per cent
 
 
 def over(recipe: str) -> tuple[str, ...]:
