@@ -11,8 +11,8 @@ goes by ``s_g``, not by ``s_g N_g``, as in the authors' code.
 As a plan: a matrix's candidates lie between its smallest and its largest form, and ``keep`` is the place between the
 two. The budget says where all matrices could lie alike (p); ``spread`` is how far below it a block may fall, as a share
 of that range, the paper's 0.1. In each block every matrix takes its largest candidate within its place, so with masks
-of rising sparsity all matrices of a block are equally sparse; what this leaves unused is shared out again. What lies outside the blocks stays at the common place.
-Where blocks are the whole network's layers (a network without blocks) each layer is a group of its own.
+of rising sparsity all matrices of a block are equally sparse; what this leaves unused is shared out again. What lies
+outside the blocks stays at the common place. In a network without blocks each layer is a group of its own.
 
 Left open and chosen here: the loss's labels are drawn from the network's own distribution, since nothing is labelled;
 4 draws of 8 sequences, each with a noise of its own, for the paper's 32 samples; surplus entries cannot occur, since
@@ -36,6 +36,7 @@ from layerwise.plan.tree import Allocation, Candidate, Leaf, Node, leaves
 from layerwise.technique import MEASURED_RISES, Allocator, option, technique
 
 OUTSIDE = ""
+NONE = 1e-12  # a score below this share of the largest is none
 
 
 @technique(paper="ECoFLaP", needs={MEASURED_RISES}, left_out="several towers, each with a budget of its own")
@@ -105,10 +106,11 @@ def shares(ranges: Mapping[str, int], scores: Mapping[str, float], spare: int, s
     scored = {name: ranges[name] for name in scores if ranges.get(name)}
     at = dict.fromkeys(ranges, common)
     wanted = common * sum(scored.values())
-    if not scored or common >= 1:
+    most = max((scores[name] for name in scored), default=0.0)
+    if most <= 0 or common >= 1:
         return at
     floor = max(0.0, common - spread)
-    rates = {name: scores[name] / size for name, size in scored.items()}
+    rates = {name: (s if (s := scores[name] / most) > NONE else 0.0) / size for name, size in scored.items()}
 
     def filled(level: float) -> dict[str, float]:
         return {name: min(1.0, floor + rate * level) for name, rate in rates.items()}
