@@ -220,13 +220,9 @@ class Scorer(Technique):
 
 
 class Allocator(Technique):
-    """Candidates and a budget in, one choice per site out; ``measures`` has what a rule reads off the network.
-
-    over: the recipes whose plans are measured, the largest first; none stands for round to nearest.
-    """
+    """Candidates and a budget in, one choice per site out; ``measures`` has what a rule reads off the network."""
 
     role = "allocator"
-    over: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def allocate(self, tree: Node, budget: int, measures: Measures | None = None) -> Allocation:

@@ -76,8 +76,8 @@ def curved_gates(
 
     def directions(i: int, rows: slice, part: Batch, leave: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         moved = tangents.read(i)[rows].to(hidden.device)
-        target, turned = torch.func.jvp(leave, (hidden.detach(),), (moved,))
-        return bent(calibration.loss, target, turned)[None]
+        found = torch.func.jvp(leave, (hidden.detach(),), (moved,))  # (output, its tangent)
+        return bent(calibration.loss, found[0], found[1])[None]
 
     yield from _reverse(calibration, streamer, batches, inputs, directions, 1, readers, advance)
     tangents.remove()
@@ -93,9 +93,9 @@ def bent(loss: Loss, target: Tensor, turned: Tensor) -> Tensor:
 
 def _begin(calibration: Calibration) -> tuple[Streamer, tuple[Batch, ...], list[Boundary]]:
     batches = (*calibration.splits.fit, *calibration.splits.judge)
-    streamer, inputs = Streamer(calibration.network.again(), device=calibration.device), calibration.inputs()
+    streamer, inputs = Streamer(calibration.network.again(), device=calibration.device), calibration.inputs(batches)
     learn_output_shape(streamer, batches[0], inputs[0])
-    return streamer, batches, calibration.inputs(batches)
+    return streamer, batches, inputs
 
 
 Directions = Callable[[int, slice, Batch, Callable[[Tensor], Tensor], Tensor], Tensor]
@@ -217,7 +217,7 @@ def _block(
 
 def _add(into: dict[str, list[Tensor]], member: nn.Module, x: Tensor, y: Tensor, g: Tensor, reads: bool) -> None:
     """Sums over the tokens of each sequence, [sequences, ...] float64; padding has no gradient of its own."""
-    bias = member.bias
+    bias: Tensor | None = member.bias  # type: ignore[assignment]
     if bias is not None:
         y = y - bias
         into["bias"].append((g.double().sum(1) * bias.double()).cpu())

@@ -211,14 +211,14 @@ def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
     """The allocator's plan in a uniform setting's bytes, against that setting and against the product's planner."""
     allocator = parse_technique(technique)
     assert isinstance(allocator, Allocator)
-    if allocator.over:
-        return sparsity_trials(ground, allocator)
+    if over := getattr(allocator, "over", ()):  # recipes of its own, in the place of round to nearest
+        return sparsity_trials(ground, allocator, over)
     return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto))
 
 
-def sparsity_trials(ground: Ground, allocator: Allocator) -> list[Trial]:
+def sparsity_trials(ground: Ground, allocator: Allocator, over: Sequence[str]) -> list[Trial]:
     """Its plan over its own recipes in the bytes of three of them, against these and against our own planner."""
-    recipes = [str(parse_recipe(recipe)) for recipe in allocator.over]
+    recipes = [str(parse_recipe(recipe)) for recipe in over]
     found = ground.search(recipes)
     tree, trials = found.tree(), []
     measures = NetworkMeasures(ground.calibration, found, STAGE, ground.watch)
@@ -226,9 +226,9 @@ def sparsity_trials(ground: Ground, allocator: Allocator) -> list[Trial]:
         at = next(r for r in recipes if getattr(parse_recipe(r).encoder, "sparsity", None) == share)
         uniform = ground.uniform(found, at)
         budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
-        over = f"over {parse_recipe(at).encoder.name} in the bytes of sparsity {share}"
-        mine = ground.planned(found, f"{allocator} {over}", allocator.allocate(tree, budget, measures))
-        ours = ground.planned(found, f"pareto {over}", Pareto().allocate(tree, budget))
+        within = f"over {parse_recipe(at).encoder.name} in the bytes of sparsity {share}"
+        mine = ground.planned(found, f"{allocator} {within}", allocator.allocate(tree, budget, measures))
+        ours = ground.planned(found, f"pareto {within}", Pareto().allocate(tree, budget))
         trials += [Trial(mine, uniform), Trial(mine, ours)]
     return trials
 
