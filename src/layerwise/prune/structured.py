@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from layerwise.network.widths import Width
 
 
-@technique(paper="STRUCTURED", menu=("channels=0.25", "heads=0.34", "heads=0.34,channels=0.25"))
+@technique(paper="STRUCTURED", menu=("channels=0.25", "heads=0.34"))
 class Structured(NetworkSurgeon):
     """Heads and MLP channels of least Fisher information are removed, the same number in every block."""
 
@@ -48,7 +48,7 @@ class Structured(NetworkSurgeon):
     refit: bool = option(True, help="refit the matrix that reads what is left, by least squares")
     rivals: ClassVar[tuple[str, ...]] = tuple(
         f"structured:{shares},{other}"
-        for shares in ("channels=0.25", "heads=0.34", "heads=0.34,channels=0.25")
+        for shares in ("channels=0.25", "heads=0.34")
         for other in ("refit=false", "score=taylor", "score=magnitude")
     )
 
