@@ -259,7 +259,7 @@ def test_energies_are_those_of_what_is_stored(measures: NetworkMeasures) -> None
 def test_slopes_are_lengths_of_gradients(measures: NetworkMeasures) -> None:
     """E|z . g| = sqrt(2 / pi) ||g||, gradients by back-propagation on the same sequences and labels."""
     calibration = measures.calibration
-    network, loss, draws = calibration.network.again(), calibration.loss, 24
+    network, loss, draws = calibration.network.again(), calibration.loss, 16
     sites = [s.site for s in measures.candidates.sites.values() if s.site.block is not None][::5]
     found = measure_slopes(calibration, sites, draws, 1e-3, lambda: None)
     before = {s.name: network.read(s.parameter) for s in sites}
@@ -282,7 +282,7 @@ def test_slopes_are_lengths_of_gradients(measures: NetworkMeasures) -> None:
                     lengths[site.name].append(float(g.norm()))
     for site in sites:
         expected = (2 / np.pi) ** 0.5 * float(np.mean(lengths[site.name]))
-        assert found[site.name] == pytest.approx(expected, rel=0.2)
+        assert found[site.name] == pytest.approx(expected, rel=0.25)
         assert torch.equal(network.read(site.parameter), before[site.name]), "the stored matrix is not moved"
 
 

@@ -106,7 +106,7 @@ def shared_out(ranges: Mapping[str, tuple[int, int]], weights: Mapping[str, int]
     high = 1.0 + max((high / max(1, weights[name]) for name, (_, high) in ranges.items()), default=0.0)
     if sum(at(high).values()) <= budget:
         return at(high)
-    for _ in range(80):  # bisection to the last byte: rates that differ in the 80th binary digit give equal bytes
+    for _ in range(64):  # rates that differ in the 64th binary digit give equal bytes
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle).values()) <= budget else (low, middle)
     return at(low)

@@ -119,7 +119,7 @@ def shares(ranges: Mapping[str, int], scores: Mapping[str, float], spare: int, s
         return sum(place * scored[name] for name, place in found.items())
 
     low, high = 0.0, max(1 / rate for rate in rates.values() if rate > 0)
-    for _ in range(100):  # places that differ in the hundredth binary digit are equal
+    for _ in range(64):  # places that differ in the 64th binary digit are equal
         middle = (low + high) / 2
         low, high = (middle, high) if used(filled(middle)) <= wanted else (low, middle)
     return at | filled(low)
