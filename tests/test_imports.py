@@ -54,6 +54,7 @@ WIDENED: dict[str, frozenset[str]] = {
     # a query is encoded by a network in stored form; a paper's evidence is shown beside it
     "papers": frozenset({"network", "evidence"}),
     "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
+    "prune": frozenset({"engine"}),  # surgeons of whole networks say how far they are
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
