@@ -13,6 +13,7 @@ from layerwise.encoding.dense import Dense
 from layerwise.encoding.directed import Directed
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.kronecker import Kronecker
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.mixed import Mixed
 from layerwise.encoding.outliers import Outliers
@@ -41,6 +42,7 @@ FORMS: dict[str, type[Encoded]] = {
         Binary,
         Split,
         Power,
+        Kronecker,
     )
 }
 
