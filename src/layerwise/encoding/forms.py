@@ -10,6 +10,7 @@ from torch import Tensor
 from layerwise.encoding.binary import Binary
 from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
+from layerwise.encoding.dictionary import Dictionary
 from layerwise.encoding.directed import Directed
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
@@ -43,6 +44,7 @@ FORMS: dict[str, type[Encoded]] = {
         Split,
         Power,
         Kronecker,
+        Dictionary,
     )
 }
 
