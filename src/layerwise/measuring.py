@@ -2,7 +2,7 @@
 
     hessians, scores   from the statistics that the search kept, or from one more reverse pass where they are too large
     influence          from the block inputs of the forward pass
-    outliers           from the weights
+    outliers, spectra  from the weights
     rises              by running the network on steer tokens with some sites in their stored form
 
 Every figure is journaled, so that another budget or another rule on the same work folder measures nothing twice.
@@ -30,6 +30,7 @@ from layerwise.recipe import parse_technique, surgery
 from layerwise.removal import block_influence, changed_on_steer
 from layerwise.rewriting import AS_IS, Rewriter, chain_of, kept_values
 from layerwise.sensitivity.hessian import Hessian, hessian_of
+from layerwise.sensitivity.spectrum import Spectrum, spectrum_of
 from layerwise.technique import SECOND_MOMENT, Scorer
 
 RUNS_AT_ONCE = 32  # journaled together
@@ -105,6 +106,16 @@ class NetworkMeasures(Measures):
                 for block in network.tree.blocks
             }
         return cast(Mapping[str, float], self._found["outliers"])
+
+    def spectra(self) -> Mapping[str, Spectrum]:
+        if "spectra" not in self._found:
+            network, sites = self.candidates.network, self.candidates.sites
+            self._found["spectra"] = {
+                name: spectrum_of(network.read_site(s.site))
+                for name, s in sites.items()
+                if s.reached and s.site.searched
+            }
+        return cast(Mapping[str, Spectrum], self._found["spectra"])
 
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:
         for change in changes:
