@@ -126,6 +126,24 @@ class Network:
         checkpoint = replace(self.checkpoint, config={**self.checkpoint.config, **config})
         return replace(self, checkpoint=checkpoint, changes={**before, **chained})
 
+    def reshaped(self, config: Mapping[str, Any], changes: Mapping[str, Change]) -> Network:
+        """The network of another config, whose parameters are this one's, brought into their new shapes when read.
+
+        config:  entries of config.json that are replaced.
+        changes: parameter -> what makes its new value; each must give the shape that the new config asks for.
+
+        Parameters keep their names. Sizes in bits per weight count the parameters of the new shape.
+        Raises ``InputError`` where the new config asks for parameters that this network does not have.
+        """
+        wanted = self.changed(changes, config)
+        module = build_on_meta(self.architecture, wanted.checkpoint.config)
+        parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        missing = next((name for name in parameters if name not in self.stored.of), None)
+        if missing is not None:
+            raise InputError(f"{self.name} has no parameter {missing}, which its class asks for in the new shape")
+        stored = self.stored.renamed({name: name for name in parameters})
+        return replace(wanted, module=module, tree=find_sites(module), stored=stored)
+
     def untied(self) -> Network:
         """The network with a head of its own where it is tied to the table; both are read from the one stored matrix.
 
