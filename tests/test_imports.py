@@ -39,6 +39,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "evidence": frozenset(),
     "compress": EVERYTHING,
     "acts": EVERYTHING,
+    "reshape": EVERYTHING,
     "cli": EVERYTHING,
     "trials": EVERYTHING,  # one file a kind of technique: what `bench` measures it by
     "__init__": EVERYTHING,
@@ -59,7 +60,7 @@ WIDENED: dict[str, frozenset[str]] = {
 VALUES = {"layerwise.calibrate.statistics", "layerwise.probe.measurement"}
 # The compositions: the whole job, the acts one by one for the library, and two that measure techniques against each
 # other. Only the outside knows them.
-COMPOSITIONS = {"compress", "acts", "bench", "side_by_side"}
+COMPOSITIONS = {"compress", "acts", "reshape", "bench", "side_by_side"}
 WHO_MAY_COMPOSE = {*COMPOSITIONS, "cli", "__init__", "__main__"}
 
 # What the verbs may use besides the project and the standard library: parse, call, print.

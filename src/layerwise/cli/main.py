@@ -24,6 +24,7 @@ from layerwise.cli import (
     plan,
     probe,
     report,
+    reshape,
     train,
 )
 
@@ -48,11 +49,12 @@ app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 
 
-RESUMABLE = ("compress", "calibrate", "plan")
+RESUMABLE = ("compress", "calibrate", "plan", "reshape")
 INTERRUPTED = 130
 
 

@@ -111,6 +111,11 @@ def evaluate_on_images(
 
 def check_same_network(artifact: Artifact, network: Network) -> None:
     """``InputError`` unless the artifact holds every parameter of the dense network, in its shape."""
+    if artifact.arrangement is not None:
+        raise InputError(
+            f"{artifact.directory} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
+            f"load it and run it whole"
+        )
     if artifact.checkpoint.architecture != network.architecture:
         raise InputError(
             f"{artifact.directory} is a {artifact.checkpoint.architecture}, but {network.checkpoint.directory} is a "

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised, parameter_owners
@@ -126,6 +127,11 @@ class Streamer:
     """
 
     def __init__(self, network: Network, weights: Weights | None = None, device: str = "cpu") -> None:
+        if network.arrangement is not None:
+            raise InputError(
+                f"{network.name} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
+                f"calibrate and compress the network that it was made from, and arrange the artifact"
+            )
         self.network = network
         self.weights: Weights = weights if weights is not None else network
         self.device = torch.device(device)
