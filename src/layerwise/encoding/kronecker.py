@@ -111,7 +111,7 @@ class Kronecker(Encoded):
     def _mixed(self, blocks: Tensor, place: Tensor) -> Tensor:
         """Rows of W from rows of the blocks [r, T n / q] and the block row that each lies in: int64 [r]."""
         p, q = self.algebra
-        parts = blocks.view(len(blocks), self.terms, 1, -1)
+        parts = blocks.view(len(blocks), self.terms, 1, blocks.shape[1] // self.terms)
         mixers = self.mixers.decode().view(self.terms, p, q)[:, place.to(blocks.device)]  # [T, r, q]
         out = torch.zeros(len(blocks), q, parts.shape[3], device=blocks.device)
         for t in range(self.terms):

@@ -5,12 +5,12 @@
 The A_t say how p x q blocks of channels multiply (for order 4 quaternions are the special case in which they are
 fixed), the S_t are the weights that all blocks share. With T = order terms, ``1 / order`` of the values are stored.
 
-The paper trains A and S from scratch. Here they are fitted to a trained weight. Write block (a, b) of W as row (a, b) of
-``K`` [p q, m n / (p q)]; a sum of T Kronecker products is a matrix of rank T there, so its truncated SVD is the best of
-them, and what is lost is ``sum_{t > T} sigma_t^2``. Then ``rounds`` times, by least squares under the second moment C of
-the inputs, with C_bc [n / q, n / q] its blocks and D = W' - W:
+The paper trains A and S from scratch. Here they are fitted to a trained weight. Write block (a, b) of W as row (a, b)
+of ``K`` [p q, m n / (p q)]; a sum of T Kronecker products is a matrix of rank T there, so its truncated SVD is the best
+of them, and what is lost is ``sum_{t > T} sigma_t^2``. Then ``rounds`` times, by least squares under the second moment
+C of the inputs, with C_bc [n / q, n / q] its blocks, minimising tr(D C D^T) for D = W' - W:
 
-    minimise tr(D C D^T):   S M = N,   M_st = sum_{a, b, c} A_s[a, b] A_t[a, c] C_bc,   N_t = sum_{a, b, c} W_ab C_bc A_t[a, c]
+    S M = N,   M_st = sum_{a, b, c} A_s[a, b] A_t[a, c] C_bc,   N_t = sum_{a, b, c} W_ab C_bc A_t[a, c]
     and, S fixed, for each block row a:   sum_{t, c} A_t[a, c] tr(S_s C_bc S_t^T) = tr(S_s sum_c C_bc W_ac^T)
 
 S has M as the second moment of its own inputs, so that below 16 bits it is rounded with feedback against M, and A is

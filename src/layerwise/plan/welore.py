@@ -16,6 +16,12 @@ Source: A. Jaiswal et al., *From GaLore to WeLore: How Low-Rank Weights Non-unif
 arXiv 2407.11239. The paper's target is a mean share of dropped *ranks*, which for square matrices at one half saves no
 byte; here tau is solved for bytes, exactly, where the paper takes steps of 0.005. ``top`` below 1 keeps one outlying
 singular value from making a matrix look low-rank; ``normalised=false`` thresholds s_i themselves.
+
+Measured on docs-lm, linears as plain SVD factors in 16 bits (KL in the bytes of one ratio for all): ratio 0.9: 0.085,
+uniform 0.234; 0.7: 0.88, 1.07; 0.5: 2.58, 2.66; 0.3: 4.57, 4.59. So the idea holds, most where little is cut. By the
+relative energy that is cut off it is worse than uniform below 0.9 (outlying first singular values; ``top=0.9`` mends
+that), and thresholds on s_i themselves are worse still. Planning by predicted damage leaves 0.013, 0.153, 1.39 and 3.91
+in the same bytes.
 """
 
 from __future__ import annotations

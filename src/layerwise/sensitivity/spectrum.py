@@ -1,6 +1,6 @@
 """Singular values of a weight, and how many of them a threshold drops.
 
-    t_i = (s_i - s_r) / (s_top - s_r), cut off at 1,   r = min(m, n),   s_top = the largest, or a quantile below it
+    t_i = (s_i - s_r) / (s_top - s_r),   r = min(m, n),   s_top = the largest, or a quantile below it
 
 t does not change when the weight is scaled or rotated: it is the shape of the spectrum alone.
 """
@@ -28,7 +28,7 @@ class Spectrum:
         low, high = self.values[0], float(np.quantile(self.values, top))
         if not high > low:
             return (1.0,) * len(self.values)
-        return tuple(min(1.0, (value - low) / (high - low)) for value in self.values)
+        return tuple((value - low) / (high - low) for value in self.values)
 
     def share(self, rank: int) -> float:
         """What factors of this rank hold of the matrix's values; more than 1 where they save nothing."""
