@@ -1,4 +1,4 @@
-"""Fitting block dictionaries and sparse coefficients to a weight; the formulas are those of ``factorize/dsformer.py``."""
+"""Fitting block dictionaries and sparse coefficients to a weight; formulas as in ``factorize/dsformer.py``."""
 
 from __future__ import annotations
 

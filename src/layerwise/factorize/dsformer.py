@@ -16,8 +16,8 @@ coefficients are rounded and the atoms of all blocks solved for once more, so th
 
 Source: R. Chand, Y. Prabhu, P. Kumar, *DSFormer: Effective Compression of Text-Transformers by Dense-Sparse Weight
 Factorization*, arXiv 2312.13211, from its abstract and a public summary (a dense basis for each block, sparse
-coefficients for each row). Ours: the data (``curvature=inputs``; ``none`` codes the weight as it is), the fit above, few
-bits for both factors. The paper trains the supports on the task by a straight-through step.
+coefficients for each row). Ours: the data (``curvature=inputs``; ``none`` codes the weight as it is), the fit above,
+few bits for both factors. The paper trains the supports on the task by a straight-through step.
 """
 
 from __future__ import annotations
