@@ -34,6 +34,7 @@ class Tie:
     residual: corrections start at what tying took away, or at nothing (A drawn, B zero).
     refits:   times that mean and corrections are fitted to each other.
     own:      each depth keeps its norms and biases.
+    last:     corrections only for the last matrix of a block, the one that its feed-forward part ends with.
     """
 
     loops: int
@@ -43,6 +44,7 @@ class Tie:
     residual: bool = True
     refits: int = 0
     own: bool = True
+    last: bool = False
 
     def stored(self, depth: int) -> list[int]:
         """Which stored block each of ``depth`` depths runs."""
@@ -53,45 +55,49 @@ class Tie:
 
 
 def tied(network: Network, tie: Tie) -> Network:
-    """The network with its blocks tied; the network itself where every depth keeps its own."""
-    blocks = network.tree.blocks
-    of = tie.stored(len(blocks))
+    """The network with its blocks tied; the network itself where every depth keeps its own.
+
+    A rank beyond a matrix's smaller side is that side. Raises ``InputError`` for more loops than blocks, and for blocks
+    that are not alike.
+    """
+    of = tie.stored(len(network.tree.blocks))
     if tie.loops == 1:
         return network
-    linears = _linears(network)
-    rank_limit = min(min(site.rows, site.columns) for site in linears[0].values())
-    if tie.rank > rank_limit:
-        raise InputError(f"a correction has a rank of at most {rank_limit} here, not {tie.rank}")
-    small = _small(network)
+    linears, small = _linears(network), _small(network)
+    corrected = list(linears[0])[-1:] if tie.last else list(linears[0])
     given: dict[str, Tensor] = {}
-    extras: dict[str, Tensor] = {}
-    wanted: dict[int, Extras] = {}
+    values: dict[str, Tensor] = {}
+    extras: dict[int, Extras] = {}
     for stored in dict.fromkeys(of):
         depths = [level for level, index in enumerate(of) if index == stored]
+        shared = tie.rank > 0 and len(depths) > 1
+        ranks = {p: min(tie.rank, linears[0][p].rows, linears[0][p].columns) for p in corrected if shared}
+        first, root = depths[0], f"{network.tree.blocks[stored]}."
         for path in linears[0]:
             sites = [linears[level][path] for level in depths]
             weights = [network.read_site(site).double() for site in sites]
-            base, factors = shared_and_corrections(weights, chosen(tie, of, stored, depths), tie)
-            given[sites[0].parameter.replace(blocks[depths[0]], blocks[stored], 1)] = sites[0].as_kept(base.float())
+            one = replace(tie, rank=ranks.get(path, 0))
+            base, factors = shared_and_corrections(weights, chosen(tie, of, stored, depths), one)
+            given[root + _inside(network, sites[0], first)] = sites[0].as_kept(base.float())
             for level, (left, right) in zip(depths, factors, strict=True):
-                extras[f"{level}.left.{path}.weight"], extras[f"{level}.right.{path}.weight"] = left, right
+                if path in ranks:
+                    values |= {f"{level}.left.{path}.weight": left, f"{level}.right.{path}.weight": right}
         for path in small:
-            values = [network.read(f"{blocks[level]}.{path}") for level in depths]
-            first = values[0] if tie.own else torch.stack(values).mean(0)
-            given[f"{blocks[stored]}.{path}"] = first
-            extras |= {f"{level}.own.{path}": v for level, v in zip(depths, values, strict=True) if tie.own}
-    for level in range(len(of)):
-        first_use = of.index(of[level]) == level
-        own = tuple(small) if tie.own and not first_use else ()
-        if first_use:
-            extras = {k: v for k, v in extras.items() if not k.startswith(f"{level}.own.")}
-        ranks = dict.fromkeys(linears[0], tie.rank) if tie.rank and of.count(of[level]) > 1 else {}
-        if not ranks:
-            extras = {k: v for k, v in extras.items() if not k.startswith((f"{level}.left.", f"{level}.right."))}
-        if own or ranks:
-            wanted[level] = Extras(own, ranks)
-    made = arranged(network, Arrangement(tuple(Step((index,)) for index in of), wanted), extras)
+            found = [network.read(f"{network.tree.blocks[level]}.{path}") for level in depths]
+            given[root + path] = found[0] if tie.own else torch.stack(found).mean(0)
+            values |= {f"{level}.own.{path}": v for level, v in zip(depths[1:], found[1:], strict=True) if tie.own}
+        for level in depths:
+            own = tuple(small) if tie.own and level != first else ()
+            if own or ranks:
+                extras[level] = Extras(own, ranks)
+    steps = tuple(Step((index,)) for index in of)
+    made = arranged(network, Arrangement(steps, dict(sorted(extras.items()))), values)
     return replace(made, given={**made.given, **given})
+
+
+def _inside(network: Network, site: Site, level: int) -> str:
+    """A parameter's path inside its block."""
+    return site.parameter.removeprefix(f"{network.tree.blocks[level]}.")
 
 
 def chosen(tie: Tie, of: Sequence[int], stored: int, depths: Sequence[int]) -> int | None:

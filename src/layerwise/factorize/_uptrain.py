@@ -11,23 +11,41 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import InputError
+from layerwise.factorize._tied import Tie, tied
 from layerwise.loss import Loss
 from layerwise.network.arranged import in_memory
 from layerwise.network.network import Network
 from layerwise.network.skeleton import parameter_owners
 from layerwise.network.streaming import Batch
 
+if TYPE_CHECKING:
+    from layerwise.calibrate.passes import Calibration
+    from layerwise.engine.progress import Progress
+
 AT_A_TIME = 8  # sequences a step
 LARGEST_GRADIENT = 1.0
 
 
+def taught(
+    network: Network, tie: Tie, calibration: Calibration, progress: Progress, steps: int, rate: float, seed: int
+) -> Network:
+    """The tied network after ``steps`` of distillation on the fit and judge tokens of the calibration."""
+    made, splits = tied(network, tie), calibration.splits
+    if made is network or steps == 0:
+        return made
+    with progress.stage("distil the tied network", steps) as advance:
+        batches = (*splits.fit, *splits.judge)
+        return uptrained(made, network, calibration.loss, batches, steps, rate, seed, advance)
+
+
 def uptrained(
-    tied: Network,
+    made: Network,
     dense: Network,
     loss: Loss,
     batches: Sequence[Batch],
@@ -36,10 +54,10 @@ def uptrained(
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Network:
-    """``tied`` after ``steps`` of distillation on ``batches``, its weights held in memory; itself after none."""
+    """``made`` after ``steps`` of distillation on ``batches``, its weights held in memory; itself after none."""
     if steps == 0:
-        return tied
-    teacher, student = in_memory(dense), in_memory(tied)
+        return made
+    teacher, student = in_memory(dense), in_memory(made)
     trained = [p for p in student.parameters() if p.is_floating_point()]
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -65,7 +83,7 @@ def uptrained(
     values: dict[str, Tensor] = {}
     for names in parameter_owners(student).values():
         values |= dict.fromkeys(names, student.get_parameter(names[0]).detach())
-    return replace(tied, given={**tied.given, **values})
+    return replace(made, given={**made.given, **values})
 
 
 def _arguments(batch: Batch, loss: Loss) -> dict[str, Tensor | bool]:

@@ -1,4 +1,4 @@
-"""Relaxed Recursive Transformer: a stack of L blocks becomes K blocks run in a loop, each pass with a little of its own.
+"""Relaxed Recursive Transformer: L blocks become K blocks run in a loop, each pass with a little of its own.
 
     depth l runs stored block l mod K,  K = ceil(L / loops):    W_l ~ W + B_l A_l,   B_l [m, r], A_l [r, n]
     B_l A_l = the best rank r of W_l - W:    what is lost is sum_{i > r} sigma_i^2 of the residual
@@ -54,15 +54,8 @@ class RelaxedRecursive(NetworkSurgeon):
         return *plain, f"{named},rank=0", *((f"{named},rank={self.rank},residual=false",) if self.steps else ())
 
     def operate(self, network: Network, calibration: Calibration, progress: Progress) -> Network:
-        from layerwise.factorize._tied import Tie, tied
-        from layerwise.factorize._uptrain import uptrained
+        from layerwise.factorize._tied import Tie
+        from layerwise.factorize._uptrain import taught
 
         tie = Tie(self.loops, "cycle", self.start, self.rank, self.residual, self.refits, self.own_norms)
-        made = tied(network, tie)
-        if made is network or self.steps == 0:
-            return made
-        splits = calibration.splits
-        with progress.stage(f"distil {self}", self.steps) as advance:
-            return uptrained(
-                made, network, calibration.loss, (*splits.fit, *splits.judge), self.steps, self.rate, self.seed, advance
-            )
+        return taught(network, tie, calibration, progress, self.steps, self.rate, self.seed)
