@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @technique(
     paper="DSFormer",
     needs={SECOND_MOMENT},
-    menu=("atoms=16,block=16,kept=4,bits=4", "atoms=32,block=32,kept=8,bits=4", "atoms=32,block=24,kept=8,bits=5"),
+    menu=("atoms=16,block=16,kept=4,bits=4", "atoms=32,block=32,kept=8,bits=4"),
     left_out="training the sparse supports on the task's loss through a straight-through step",
 )
 class Dsformer(Encoder):

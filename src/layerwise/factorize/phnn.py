@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @technique(
     paper="PHNN",
     needs={SECOND_MOMENT},
-    menu=("order=2,bits=4", "order=2,terms=3,bits=3", "order=4,bits=8", "order=4,terms=8,bits=4"),
+    menu=("order=2,bits=4", "order=2,terms=3,bits=3"),
     left_out="training from scratch, and convolutions in which the kernel's own axes stay outside the products",
 )
 class Phnn(Encoder):
@@ -48,7 +48,7 @@ class Phnn(Encoder):
     terms: int = option(0, minimum=0, maximum=4096, help="Kronecker products; 0 = as many as the order")
     bits: int = option(16, choices=(2, 3, 4, 5, 6, 8, 16), help="bits of the shared blocks; 16 = fp16")
     group: int = option(64, minimum=0, help="columns of the blocks that share a scale; 0 = the whole row")
-    rounds: int = option(6, minimum=0, maximum=100, help="times both factors are fitted to what the inputs are")
+    rounds: int = option(4, minimum=0, maximum=100, help="times both factors are fitted to what the inputs are")
     damp: float = option(1e-3, minimum=1e-6, maximum=10, help="share of mean(diag C) added to the diagonal of C")
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:

@@ -9,8 +9,10 @@ rounded with feedback and fitted to the other (see ``factorize._whitening``).
 
 C. Eckart and G. Young, "The approximation of one matrix by another of lower rank", Psychometrika 1, 1936.
 
-Measured (``layerwise bench svd``): see the evidence; as on every network here, factors alone lose far more than a grid
-of as many bytes down to 2 bits a weight.
+Measured on docs-lm: KL 0.53 at ratio 0.8 in 16 bits, 2.66 and 2.70 at 0.5 in 8 and 4 bits, where rounded integers of
+as many bytes leave 0.0002, 0.026 and 0.47: factors alone are not worth their bytes here. They are faster: one token
+through 2048 x 2048 takes 0.92 ms by torch's fp32 product, 0.36 ms from fp16 factors of ratio 0.5 and 0.16 ms of 0.25;
+64 tokens 7.6, 4.1 and 1.9 ms (one core of a Zen 4).
 """
 
 from __future__ import annotations
