@@ -53,7 +53,8 @@ WIDENED: dict[str, frozenset[str]] = {
     "calibrate": frozenset({"engine"}),  # the passes write the journal and say how far they are
     # a query is encoded by a network in stored form; a paper's evidence is shown beside it
     "papers": frozenset({"network", "evidence"}),
-    "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
+    # rounding with error feedback, for factors and for what they leave over; a surgeon says how far it is
+    "factorize": frozenset({"quantize", "engine"}),
     "prune": frozenset({"engine"}),  # surgeons of whole networks say how far they are
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }

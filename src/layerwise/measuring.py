@@ -2,7 +2,7 @@
 
     hessians, scores   from the statistics that the search kept, or from one more reverse pass where they are too large
     influence          from the block inputs of the forward pass
-    outliers, energies from the weights and the stored forms
+    outliers, energies, spectra  from the weights, and the stored forms
     slopes             by running the network on fit tokens with one matrix moved a little either way
     rises              by running the network on steer tokens with some sites in their stored form
 
@@ -32,6 +32,7 @@ from layerwise.removal import block_influence, changed_on_steer
 from layerwise.rewriting import AS_IS, Rewriter, chain_of, kept_values
 from layerwise.sensitivity.hessian import Hessian, hessian_of
 from layerwise.slopes import measure_slopes
+from layerwise.sensitivity.spectrum import Spectrum, spectrum_of
 from layerwise.technique import SECOND_MOMENT, Scorer
 
 RUNS_AT_ONCE = 32  # journaled together
@@ -128,6 +129,16 @@ class NetworkMeasures(Measures):
                 for block in network.tree.blocks
             }
         return cast(Mapping[str, float], self._found["outliers"])
+
+    def spectra(self) -> Mapping[str, Spectrum]:
+        if "spectra" not in self._found:
+            network, sites = self.candidates.network, self.candidates.sites
+            self._found["spectra"] = {
+                name: spectrum_of(network.read_site(s.site))
+                for name, s in sites.items()
+                if s.reached and s.site.searched
+            }
+        return cast(Mapping[str, Spectrum], self._found["spectra"])
 
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:
         for change in changes:

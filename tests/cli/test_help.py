@@ -29,6 +29,7 @@ VERBS = (
     "train",
     "doctor",
     "reshape",
+    "depth",
 )
 
 

@@ -16,6 +16,7 @@ from layerwise.cli import (
     calibrate,
     compare,
     compress,
+    depth,
     doctor,
     evaluate,
     export,
@@ -45,6 +46,7 @@ app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("probe")(probe.probe)
+app.command("depth")(depth.depth)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)

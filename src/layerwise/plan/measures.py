@@ -16,6 +16,7 @@ from layerwise.errors import InputError
 
 if TYPE_CHECKING:
     from layerwise.sensitivity.hessian import Hessian
+    from layerwise.sensitivity.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,10 @@ class Measures(ABC):
     @abstractmethod
     def outliers(self) -> Mapping[str, float]:
         """Block -> share of its linears' weights that lie more than one standard deviation above their mean."""
+
+    @abstractmethod
+    def spectra(self) -> Mapping[str, Spectrum]:
+        """Site -> singular values of its weight; sites that the loss does not reach are absent."""
 
     @abstractmethod
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:

@@ -213,7 +213,7 @@ def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
     assert isinstance(allocator, Allocator)
     if over := getattr(allocator, "over", ()):  # recipes of its own, in the place of round to nearest
         return sparsity_trials(ground, allocator, over)
-    return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto))
+    return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto), allocator.menu)
 
 
 def sparsity_trials(ground: Ground, allocator: Allocator, over: Sequence[str]) -> list[Trial]:
@@ -244,20 +244,31 @@ def scorer_trials(ground: Ground, technique: str) -> list[Trial]:
 
 
 def planning_trials(
-    ground: Ground, name: str, allocate: Callable[[Node, int, Measures], Allocation], is_ours: bool
+    ground: Ground,
+    name: str,
+    allocate: Callable[[Node, int, Measures], Allocation],
+    is_ours: bool,
+    menu: Sequence[str] = (),
 ) -> list[Trial]:
-    linears = floor_menu()
+    """menu: the recipes that a rule chooses between where round to nearest is not what it is about; every
+    other one of them, used everywhere, is held against the rule's plan of as many bytes.
+    """
+    linears = tuple(menu) or floor_menu()
     found = ground.search(linears)
     tree, trials = found.tree(), []
     measures = NetworkMeasures(ground.calibration, found, STAGE, ground.watch)
-    for bits in WIDTHS:
-        widest = [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1]
-        uniform = ground.uniform(found, widest)
+    if menu:
+        settings = {recipe: f"in the bytes of {recipe}" for recipe in linears[2::2] if not is_dense(recipe)}
+    else:
+        widest = {bits: [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1] for bits in WIDTHS}
+        settings = {recipe: f"over {FLOOR}, {bits} bits" for bits, recipe in widest.items()}
+    for recipe, within in settings.items():
+        uniform = ground.uniform(found, recipe)
         budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
-        mine = ground.planned(found, f"{name} over {FLOOR}, {bits} bits", allocate(tree, budget, measures))
+        mine = ground.planned(found, f"{name} {within}", allocate(tree, budget, measures))
         trials.append(Trial(mine, uniform))
         if not is_ours:
-            ours = ground.planned(found, f"pareto over {FLOOR}, {bits} bits", Pareto().allocate(tree, budget))
+            ours = ground.planned(found, f"pareto {within}", Pareto().allocate(tree, budget))
             trials.append(Trial(mine, ours))
     return trials
 
