@@ -125,12 +125,14 @@ def at_once(prefix: int, count: int, k: int, correction: float) -> Path:
     """The path of ``k`` rounds of all blocks behind the first ``prefix``."""
 
     def path(stack: Stack, entered: Entered, batch: Batch, states: list[Tensor]) -> Tensor:
-        def run(index: int, hidden: Tensor) -> Tensor:
-            return stack.run(index, hidden, entered)
-
-        return rounds(run, states[prefix], range(prefix, count), k, correction)[-1]
+        return rounds(runner(stack, entered), states[prefix], range(prefix, count), k, correction)[-1]
 
     return path
+
+
+def runner(stack: Stack, entered: Entered) -> Callable[[int, Tensor], Tensor]:
+    """``run(block, hidden)`` for one batch."""
+    return lambda index, hidden: stack.run(index, hidden, entered)
 
 
 def _named(name: str, k: int) -> str:
@@ -164,10 +166,7 @@ def errors(paths: Paths, prefix: int, correction: float) -> list[list[float]]:
             entered = paths.stack.enter(part)
             states = paths.stack.states(entered)
             for k in range(1, side + 1):
-                found = rounds(
-                    lambda i, h, e=entered: paths.stack.run(i, h, e), states[prefix], range(prefix, paths.count),
-                    k, correction,
-                )  # fmt: skip
+                found = rounds(runner(paths.stack, entered), states[prefix], range(prefix, paths.count), k, correction)
                 for place, state in enumerate(found):
                     right = states[prefix + place + 1][part.counted].double()
                     off = (state[part.counted].double() - right).norm(dim=-1)
