@@ -12,8 +12,12 @@ Source: "Growing Transformers: Modular Composition and Layer-wise Expansion on a
 There the substrate is an embedding of glyph pictures that is never trained, and depth is grown from one block with a
 trainable head. Completion of ours: the stored network is the frozen substrate, zero output projections, a start from
 the last block's other weights, and the rule for which state is kept. ``zero=false`` is the ablation: a plain copy,
-which runs the last block's function twice until it has been trained. Only networks that predict the next token are trained
-here; ``steps=0`` grows any pre-norm network without. Bytes grow by a block's.
+which runs the last block's function twice until it has been trained. Only networks that predict the next token are
+trained here; ``steps=0`` grows any pre-norm network without. Bytes grow by a block's.
+
+Measured on docs-lm: a few thousand tokens are learned by heart before they help others, so the silent block stays
+(nearly) silent and perplexity what it was; the copied block costs a sixth of it and is not trained back. Depth needs
+text: give many ``--sequences``.
 """
 
 from __future__ import annotations
