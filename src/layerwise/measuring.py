@@ -2,7 +2,7 @@
 
     hessians, scores   from the statistics that the search kept, or from one more reverse pass where they are too large
     influence          from the block inputs of the forward pass
-    outliers, energies, spectra  from the weights, and the stored forms
+    outliers, energies, spectra   from the weights and the stored forms
     slopes             by running the network on fit tokens with one matrix moved a little either way
     rises              by running the network on steer tokens with some sites in their stored form
 

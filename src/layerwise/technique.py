@@ -175,10 +175,12 @@ class NetworkSurgeon(Technique):
     useful, ``layerwise tune`` does that.
 
     rivals: settings of surgeons that it is held against at about the same bytes, as ``--surgeon`` takes them.
+    judged_by: the metric by which it is, where closeness to the given network is not what it is for: ``perplexity``.
     """
 
     role = "network surgeon"
     rivals: ClassVar[tuple[str, ...]] = ()
+    judged_by: ClassVar[str] = ""
 
     @abstractmethod
     def operate(self, network: Network, calibration: Calibration, progress: Progress) -> Network:

@@ -10,16 +10,19 @@ Every setting of its menu is carried out on the calibrated network and stored in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from layerwise.apply import predicted_bytes
+from layerwise.errors import InputError
+from layerwise.evaluate.compare import compare
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.network.reblocked import reblocked
 from layerwise.recipe import parse_surgeon
 from layerwise.removal import measure_removals
 from layerwise.technique import NetworkSurgeon, Surgeon
-from layerwise.trials.by_loss import Ground, Side, Trial, floor_menu, planned_floor
+from layerwise.trials.by_loss import Figures, Ground, Side, Trial, floor_menu, planned_floor
 
 
 def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
@@ -31,6 +34,8 @@ def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
     dense = Side("the network as it came", predicted_bytes(ground.network, {}), Overlay(ground.network, {}))
     sides = {text: operated(ground, text) for text in dict.fromkeys([*settings, *asked.rivals])}
     smaller = [setting for setting in settings if sides[setting].bytes < dense.bytes]
+    if asked.judged_by:
+        return judged(ground, asked.judged_by, dense, sides, settings, asked.rivals)
     found = ground.search(floor_menu()) if smaller else None
     trials = []
     for setting in settings:
@@ -46,6 +51,25 @@ def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
 def of_one_size(one: Side, other: Side) -> bool:
     """Whether two networks are within a fiftieth of each other in bytes."""
     return abs(one.bytes - other.bytes) * 50 <= max(one.bytes, other.bytes)
+
+
+def judged(
+    ground: Ground, metric: str, dense: Side, sides: dict[str, Side], settings: Sequence[str], rivals: Sequence[str]
+) -> list[Trial]:
+    """By another figure than the loss against the network as it came, which is one of the rivals then."""
+    prepared, weights = ground.prepared, {name: s.weights for name, s in sides.items() if s.weights is not None}
+    found = compare(
+        ground.network, weights, prepared.loss, prepared.evaluation.batches, ground.calibration.folder,
+        prepared.options.device,
+    )  # fmt: skip
+    if metric not in found["dense"].metrics:
+        raise InputError(f"the evidence is in {metric}, which {ground.network.name} has none of")
+    value = {name: found[name].metrics[metric] for name in sides} | {dense.recipe: found["dense"].metrics[metric]}
+    return [
+        Trial(sides[setting], other, Figures(metric, value[setting], value[other.recipe]))
+        for setting in settings
+        for other in (dense, *(sides[rival] for rival in rivals if rival != setting))
+    ]
 
 
 def operated(ground: Ground, text: str) -> Side:
