@@ -29,7 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "sensitivity": frozenset({"technique", "calibrate"}),
     "plan": frozenset({"technique", "recipe", "sensitivity", "encoding"}),
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
-    "generate": frozenset({"network", "kernels"}),
+    "generate": frozenset({"technique", "network", "kernels"}),
     "probe": frozenset({"technique", "network", "calibrate"}),
     "blueprints": frozenset({"technique", "network", "encoding"}),
     "evaluate": frozenset({"network", "encoding", "plan"}),

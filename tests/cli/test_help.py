@@ -28,6 +28,7 @@ VERBS = (
     "probe",
     "train",
     "doctor",
+    "generate",
 )
 
 

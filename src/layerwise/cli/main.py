@@ -19,6 +19,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    generate,
     inspect,
     papers,
     plan,
@@ -42,6 +43,7 @@ app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("probe")(probe.probe)
 app.command("report")(report.report)
