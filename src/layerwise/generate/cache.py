@@ -151,7 +151,7 @@ class Cache:
         return found[0].read(end), found[1].read(end)
 
     def read(self, block: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a block, ``[rows, heads, end, width]`` each. Raises ``ValueError`` before its first pass."""
+        """Keys and values of a block, ``[rows, heads, end, width]`` each; ``ValueError`` before its first pass."""
         found = self.stores[block]
         if found is None:
             raise ValueError(f"block {block} has not run yet")

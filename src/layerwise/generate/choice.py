@@ -47,7 +47,7 @@ class Choice:
             return torch.zeros(scores.shape, dtype=torch.float64, device=scores.device).scatter_(-1, best, 1.0)
         likely = (scores.double() / self.temperature).softmax(-1)
         if 0 < self.top_k < likely.shape[-1] or self.top_p < 1:
-            ordered, order = likely.sort(-1, descending=True, stable=True)
+            ordered, order = likely.sort(dim=-1, descending=True, stable=True)
             if self.top_k:
                 ordered[..., self.top_k :] = 0
             before = ordered.cumsum(-1) - ordered

@@ -2,11 +2,11 @@
 
     p = softmax(head(norm(h_E)));   max p > confidence:  choose from it;   else:  go on through blocks E + 1 … L
 
-A later token that goes on needs keys and values of blocks E + 1 … L for every token before it, those that left included.
-So the states h_E of tokens that left wait, and the next token that goes on takes them along through the remaining blocks
-in one pass. Keys and values then are those of the network itself: what changes is only which tokens are chosen, never
-what the cache holds of them. At most ``waiting`` tokens wait. With ``confidence = 0`` every token leaves, nothing waits,
-and blocks E + 1 … L are never run behind the prompt; with 1 none leaves, and decoding is plain.
+A later token that goes on needs keys and values of blocks E + 1 … L for every token before it, those that left
+included. So the states h_E of tokens that left wait, and the next token that goes on takes them along through the
+remaining blocks in one pass. Keys and values then are those of the network itself: what changes is only which tokens
+are chosen, never what the cache holds of them. At most ``waiting`` tokens wait. With ``confidence = 0`` every token
+leaves, nothing waits, and blocks E + 1 … L are never run behind the prompt; with 1 none leaves: decoding is plain.
 
 Source: M. Elhoushi et al., "LayerSkip", arXiv 2404.16710, exits at a fixed block through the shared norm and head
 (``confidence = 0``). The threshold and the waiting states are ours; most others copy the exit's state upwards instead,

@@ -3,8 +3,8 @@
     tokens ─ table (+ positions) ─→ hidden 0 ─ block 0 ─→ hidden 1 … ─ block L-1 ─→ hidden L ─ norm ─ head ─→ scores
 
 The parts are found by structure: the input table and the head as transformers names them, the blocks as the list of
-equal modules, and beside that list the norm, the rotary tables, the table of positions. Whether they are all there is to
-the network is tried: a few tokens go through the network's own forward and through the parts, and a network whose
+equal modules, and beside that list the norm, the rotary tables, the table of positions. Whether they are all there is
+to the network is tried: a few tokens go through the network's own forward and through the parts, and a network whose
 scores come out otherwise (scaled embeddings, capped scores, …) is refused by name.
 """
 
@@ -125,9 +125,11 @@ def _blocks(module: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...]]
     best: tuple[nn.Module | None, tuple[nn.Module, ...]] = (None, ())
     for parent in module.modules():
         for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) > len(best[1]) and len({type(m) for m in child}) == 1:
-                if any(hasattr(part, "layer_idx") for part in child[0].modules()):
-                    best = parent, tuple(child)
+            if not isinstance(child, nn.ModuleList) or len(child) <= len(best[1]):
+                continue
+            members = tuple(child)
+            if len({type(m) for m in members}) == 1 and any(hasattr(m, "layer_idx") for m in members[0].modules()):
+                best = parent, members
     return best
 
 

@@ -2,17 +2,17 @@
 
     exit   blocks 1 … E and the shared head draft token by token; their states h_E wait, and verification runs blocks
            E + 1 … L over all of them at once, on keys and values of blocks 1 … E that are there already
-    skip   all blocks but a set S draft; verification runs all blocks over the tokens and writes over what drafting wrote
+    skip   all blocks but a set S draft; verification runs all blocks over the tokens and overwrites what drafting wrote
 
-With agreement a between draft and network, a round of g drafts gives (1 - a^{g+1}) / (1 - a) tokens. In weights read, with
-b bytes a block and v bytes a head, it costs
+With agreement a between draft and network, a round of g drafts gives (1 - a^{g+1}) / (1 - a) tokens. In weights read,
+with b bytes a block and v bytes a head, it costs
 
     exit   (g + 1) E b + g v + (L - E) b + v        skip   g ((L - |S|) b + v) + L b + v
 
 against L b + v for a plain token. The exit (or the set) with the best ratio is taken, its agreement measured on the
 prompt: the share of its last tokens at which an exit's choice is the network's, or 1 minus the distance in variation
-when tokens are drawn. Agreement is then followed while decoding and g chosen anew each round; where no g pays, rounds are
-plain steps, and below an acceptance of ``floor`` over five rounds drafting stops for good.
+when tokens are drawn. Agreement is then followed while decoding and g chosen anew each round; where no g pays, rounds
+are plain steps, and below an acceptance of ``floor`` over five rounds drafting stops for good.
 
 Source: M. Elhoushi et al., "LayerSkip", arXiv 2404.16710, for exits with one cache and reused states; J. Zhang et al.,
 "Draft & Verify", arXiv 2309.08168, for skipped blocks. LayerSkip fixes E and g by hand; choosing them on the prompt by

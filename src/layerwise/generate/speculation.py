@@ -1,7 +1,7 @@
 """Draft and verify: tokens are proposed cheaply and confirmed by one pass of the whole network.
 
-A round begins with x_1 … x_n known and the keys and values of x_1 … x_{n-1} in the cache. A draft proposes y_1 … y_g; one
-pass over [x_n, y_1 … y_g] gives the network's scores behind each of them, z_0 … z_g.
+A round begins with x_1 … x_n known and the keys and values of x_1 … x_{n-1} in the cache. A draft proposes y_1 … y_g;
+one pass over [x_n, y_1 … y_g] gives the network's scores behind each of them, z_0 … z_g.
 
     greedy    a_i = argmax z_i;  m = the leading i with y_{i+1} = a_i;  y_1 … y_m and a_m join the text
     drawn     y_{i+1} ~ q_i is kept with probability min(1, p_i(y) / q_i(y)); the first that is not is replaced by a

@@ -20,7 +20,7 @@ def silent(row: int, tokens: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many tokens, chosen how, over which cache. A token of the network's ``stop`` ends a text and belongs to it."""
+    """How many tokens, chosen how, over which cache. A token in the network's ``stop`` ends a text, as part of it."""
 
     new_tokens: int = 128
     choice: Choice = Choice()
