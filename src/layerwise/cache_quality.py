@@ -1,7 +1,7 @@
 """The act *evaluate the cache*: what it costs to keep keys and values in fewer bits.
 
-A prefill writes all keys and values through the cache and reads them back, so that every token sees exactly what it would
-see in decoding: one pass over a window measures all its positions. Both networks are in memory, in float32.
+A prefill writes all keys and values through the cache and reads them back, so that every token sees exactly what it
+would see in decoding: one pass over a window measures all its positions. Both networks are in memory, in float32.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from layerwise.calibrate.splits import batches_of
 from layerwise.calibrate.text import Text
 from layerwise.generate.cache import check_kind
 from layerwise.generate.network import CausalNetwork
-from layerwise.generating import open_speaker
+from layerwise.generating import check_generates, open_speaker
+from layerwise.network.network import Network
 from layerwise.network.streaming import Batch
 
 
@@ -32,6 +33,12 @@ class CacheQuality:
     plain_bytes_a_token: float
 
 
+def check_cache(network: Network, kind: str) -> None:
+    """``InputError`` for a kind that does not exist, or a network without keys and values to keep."""
+    check_kind(kind)
+    check_generates(network.architecture)
+
+
 def evaluate_cache(
     artifact: str,
     dense: str,
@@ -41,8 +48,7 @@ def evaluate_cache(
     length: int,
     advance: Callable[[], None] = lambda: None,
 ) -> CacheQuality:
-    """Measure an artifact over a stored cache against the dense network over its own. Refuses what generates no text."""
-    check_kind(kind)
+    """Measure an artifact over a stored cache against the dense network over a plain one."""
     ours = open_speaker(artifact, "float32")
     theirs = open_speaker(dense, "float32")
     batches = batches_of(text.documents, theirs.tokenizer, True, sequences, length)
@@ -62,7 +68,7 @@ def cache_quality(
     kind: str,
     advance: Callable[[], None] = lambda: None,
 ) -> CacheQuality:
-    """``network`` over a cache of this kind against ``reference`` over a plain one, on token windows ``[n, length]``."""
+    """``network`` over a cache of this kind against ``reference`` over a plain one, on windows ``[n, length]``."""
     kl = agreed = likelihood = sizes = plain_sizes = 0.0
     count = predicted = 0
     for tokens in windows:
@@ -87,5 +93,6 @@ def cache_quality(
 
 def _predictions(network: CausalNetwork, tokens: Tensor, kind: str) -> tuple[Tensor, int]:
     """Log-probabilities ``[n, length, words]`` over a cache, and the cache's bytes."""
-    session = network.session(*tokens.shape, kind)
+    rows, length = tokens.shape
+    session = network.session(rows, length, kind)
     return session.full(tokens).float().log_softmax(-1), session.cache.nbytes

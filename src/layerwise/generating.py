@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from layerwise.errors import InputError
 from layerwise.generate.choice import Choice
@@ -24,6 +23,7 @@ from layerwise.network.load import load
 from layerwise.recipe import parse_generator
 from layerwise.technique import Generator
 
+LONGEST_LETTER = 4  # tokens, where each is a byte
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,9 +52,7 @@ def open_speaker(source: str, dtype: str = "auto", device: str = "cpu", threads:
             raise InputError(f"--threads must be at least 1, not {threads}")
         torch.set_num_threads(threads)
     artifact = open_artifact(source)
-    name = artifact.checkpoint.architecture
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(f"{source} is a {name}, which generates no text; give a causal language model")
+    check_generates(artifact.checkpoint.architecture)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
     with _quiet():
@@ -62,6 +60,14 @@ def open_speaker(source: str, dtype: str = "auto", device: str = "cpu", threads:
     if dtype == "auto" and device == "cpu" and _computes_in(module) == torch.float16:
         module = module.float()
     return Speaker(causal_network(module), tokenizer_of(artifact.directory))
+
+
+def check_generates(architecture: str) -> None:
+    """``InputError`` for encoders and classifiers."""
+    if not architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        raise InputError(
+            f"a {architecture} generates no text; give a causal language model, such as a LlamaForCausalLM"
+        )
 
 
 @contextmanager
@@ -126,7 +132,11 @@ def generate(
         if show is not None and (said := pieces[row].add(new)):
             show(row, said)
 
-    return asked.generator.generate(speaker.network, tokens, asked.wanted, emit if show else silent)
+    found = asked.generator.generate(speaker.network, tokens, asked.wanted, emit if show else silent)
+    for row, piece in enumerate(pieces):
+        if show is not None and (said := piece.add((), last=True)):
+            show(row, said)
+    return found
 
 
 class Pieces:
@@ -137,12 +147,13 @@ class Pieces:
         self.tokens: list[int] = []
         self.begin = self.shown = 0  # text is decoded from one place on, and was shown up to another
 
-    def add(self, new: Sequence[int]) -> str:
-        """What can be shown now."""
+    def add(self, new: Sequence[int], last: bool = False) -> str:
+        """What can be shown now; ``last`` shows the rest, be it letters or not."""
         self.tokens += new
         before = self.speaker.text(self.tokens[self.begin : self.shown])
         now = self.speaker.text(self.tokens[self.begin :])
-        if now.endswith("\ufffd") or len(now) <= len(before):
+        unfinished = now.endswith("\ufffd") and len(self.tokens) - self.shown < LONGEST_LETTER
+        if (unfinished and not last) or len(now) <= len(before):
             return ""
         self.begin, self.shown = self.shown, len(self.tokens)
         return now[len(before) :]

@@ -34,6 +34,7 @@ def evaluate(
 ) -> None:
     """Measure OUT against the dense network: quality, size, latency, peak memory."""
     from layerwise.activations import grids_of_artifact
+    from layerwise.cache_quality import check_cache
     from layerwise.calibrate.text import read_text
     from layerwise.evaluate.artifact import evaluate_artifact
     from layerwise.network.artifact import open_artifact
@@ -41,6 +42,8 @@ def evaluate(
     from layerwise.prepare import longest, open_tokenizer
 
     network = open_network(dense)
+    if kv_cache is not None:
+        check_cache(network, kv_cache)
     if reads_images(network):
         from layerwise.acts import evaluate as measure
 
@@ -78,8 +81,9 @@ def show(found: ArtifactQuality, title: str, json: bool) -> None:
     if json:
         shared.print_json({**asdict(found), "peak_memory": peak_memory()})
         return
-    tried = {"quantized activations": found.activations, f"{(found.cache or {}).get('kind')} cache": found.cache}
-    tried = {name: values for name, values in tried.items() if values}
+    tried = {"quantized activations": found.activations} if found.activations else {}
+    if found.cache:
+        tried[f"{found.cache['kind']} cache"] = found.cache
     columns = [found.dense, found.artifact, *tried.values()]
     size = megabytes(found.bytes)
     rows = [("size", megabytes(found.dense_bytes), *[size] * (len(columns) - 1))]

@@ -75,8 +75,6 @@ class CausalNetwork:
 def causal_network(module: nn.Module) -> CausalNetwork:
     """Take a causal network apart. Raises ``InputError`` for one that the parts do not make up."""
     name = type(module).__name__
-    if not name.endswith(("ForCausalLM", "LMHeadModel")):
-        raise InputError(f"a {name} generates no text; give a causal language model, such as a LlamaForCausalLM")
     config: Any = module.config
     refusal = InputError(f"layerwise cannot run the blocks of a {name} one by one; use transformers' own generate")
     parent, blocks = _blocks(module)
