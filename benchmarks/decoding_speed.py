@@ -157,7 +157,8 @@ def speeds(
     return [
         {
             "method": name, "tokens/s": count * len(taken) / sum(taken),
-            "median ratio of times": statistics.median(ratios[name]), "best": min(ratios[name]), "worst": max(ratios[name]),
+            "median ratio of times": statistics.median(ratios[name]),
+            "best": min(ratios[name]), "worst": max(ratios[name]),
         }
         for name, taken in seconds.items()
     ]  # fmt: skip

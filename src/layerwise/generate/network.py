@@ -11,6 +11,7 @@ scores come out otherwise (scaled embeddings, capped scores, …) is refused by 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,7 +52,7 @@ class CausalNetwork:
     def name(self) -> str:
         return type(self.module).__name__
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         return next((t.device for t in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
 
