@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from layerwise.network.load import load
 from layerwise.recipe import parse_generator
 from layerwise.technique import Generator
 
+USUAL_TOKENS = 128
 LONGEST_LETTER = 4  # tokens, where each is a byte
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,7 +104,7 @@ def tokenizer_of(folder: Path) -> Any:
 class Asked:
     """What the command line asks for; checked before the network is opened."""
 
-    new_tokens: int = 128
+    new_tokens: int | None = None  # as many as usual, or as there is room for
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -117,7 +118,14 @@ class Asked:
     def __post_init__(self) -> None:
         object.__setattr__(self, "generator", parse_generator(self.method))
         choice = Choice(self.temperature, self.top_k, self.top_p, self.seed)
-        object.__setattr__(self, "wanted", Wanted(self.new_tokens, choice, self.cache, self.ignore_stop))
+        new_tokens = USUAL_TOKENS if self.new_tokens is None else self.new_tokens
+        object.__setattr__(self, "wanted", Wanted(new_tokens, choice, self.cache, self.ignore_stop))
+
+    def fitting(self, room: int) -> Wanted:
+        """What is wanted where there are so many positions behind the longest prompt."""
+        if self.new_tokens is not None or room >= self.wanted.new_tokens or room < 1:
+            return self.wanted
+        return replace(self.wanted, new_tokens=room)
 
 
 def generate(
@@ -132,7 +140,8 @@ def generate(
         if show is not None and (said := pieces[row].add(new)):
             show(row, said)
 
-    found = asked.generator.generate(speaker.network, tokens, asked.wanted, emit if show else silent)
+    wanted = asked.fitting(speaker.network.longest - max(map(len, tokens)))
+    found = asked.generator.generate(speaker.network, tokens, wanted, emit if show else silent)
     for row, piece in enumerate(pieces):
         if show is not None and (said := piece.add((), last=True)):
             show(row, said)

@@ -26,7 +26,10 @@ def generate(
         Optional[str],  # noqa: UP045
         typer.Option("--prompts", metavar="FILE", help="A text file with a prompt a line."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="New tokens of a prompt at most.")] = 128,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="New tokens of a prompt at most; 128, or what the network has positions for."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; above, tokens are drawn.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw among so many likeliest tokens; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this share.")] = 1.0,
