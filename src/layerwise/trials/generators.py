@@ -4,8 +4,9 @@ Prompts are windows of the held-out text, decoded greedily past the ends of text
 and by every setting in turn, so that all see the same machine. Per setting:
 
 passes    of the whole network a new token, and of blocks (in networks); plain decoding takes 1
-time      of prompt and new tokens, plain decoding's = 1; of small networks it is mostly the interpreter's
-refused   share of drafted tokens, beside that of a draft which repeats the last token
+time      of the processor, one thread, for prompt and new tokens, plain decoding's = 1: what a clock shows on a machine
+          that does nothing else; of small networks it is mostly the interpreter's
+refused   share of drafted tokens where their number is fixed, beside that of a draft which repeats the last token
 foreign   share of new tokens that are not the network's own choice behind the same text; 0 for a lossless generator,
           which is checked; beside leaving at the same exit always
 """
@@ -90,9 +91,9 @@ def trials_of(name: str, generator: Generator, tallies: dict[str, Tally], blocks
     trials = [
         trial("full passes a token", passes(mine)[0], PLAIN, passes(plain)[0]),
         trial("blocks run a token, over the network's", passes(mine)[1], PLAIN, passes(plain)[1]),
-        trial("time, plain = 1", mine.seconds / plain.seconds, PLAIN, 1.0),
+        trial("time of one thread, plain = 1", mine.seconds / plain.seconds, PLAIN, 1.0),
     ]
-    if mine.work.drafted:
+    if getattr(generator, "tokens", 0):  # a setting that chooses may draft for one seed and not for another
         repeated = tallies["repeat"].refused
         trials.append(trial("refused share of drafted tokens", mine.refused, "repeat the last token", repeated))
     if not generator.lossless:
@@ -129,9 +130,9 @@ def prompts_of(ground: Ground, network: CausalNetwork) -> list[list[int]]:
 
 def decode(generator: Generator, network: CausalNetwork, prompt: Sequence[int], tally: Tally) -> tuple[int, ...]:
     """Continue one prompt, and count what it took."""
-    began = time.perf_counter()
+    began = time.process_time()
     found = generator.generate(network, [prompt], Wanted(NEW_TOKENS, ignore_stop=True), silent)
-    tally.add(time.perf_counter() - began, found.tokens[0], found.work)
+    tally.add(time.process_time() - began, found.tokens[0], found.work)
     if not generator.lossless:
         tally.foreign += foreign(network, prompt, found.tokens[0])
     return found.tokens[0]
