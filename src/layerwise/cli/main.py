@@ -16,15 +16,18 @@ from layerwise.cli import (
     calibrate,
     compare,
     compress,
+    depth,
     doctor,
     evaluate,
     export,
+    generate,
     import_,
     inspect,
     papers,
     plan,
     probe,
     report,
+    reshape,
     train,
 )
 
@@ -43,18 +46,21 @@ app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("probe")(probe.probe)
+app.command("depth")(depth.depth)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 
 
-RESUMABLE = ("compress", "calibrate", "plan")
+RESUMABLE = ("compress", "calibrate", "plan", "reshape")
 INTERRUPTED = 130
 
 
