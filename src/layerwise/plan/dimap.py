@@ -18,6 +18,10 @@ Left open in the paper and chosen here: whether modules share one ratio (they do
 attention has (one, all its layers), how a layer's module is known: by its path, ``attn`` or ``attention`` in it and q,
 k, v in its last part. ``modules=false`` ranks over everything, which is LAMP with AUX set apart: the ablation.
 
+Measured on docs-lm over 16-bit values and a mask, in the bytes of uniform sparsity 0.5 / 0.6 / 0.7: KL 0.269 / 0.649 /
+1.43; uniform 0.269 / 0.651 / 1.41; one ranking over everything (LAMP) 0.446 / 1.12 / 2.24; layerwise's own planner,
+which sees the loss, 0.172 / 0.435 / 1.23. The modules undo the harm of ranking across kinds of layers, no more.
+
 Source: Y. He, J. T. Zhou, *Data-independent Module-Aware Pruning for Hierarchical Vision Transformers*, arXiv
 2404.13648. Its 30 epochs of fine-tuning are not here.
 """

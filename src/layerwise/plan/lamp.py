@@ -14,8 +14,10 @@ because another one undoes their scale. With the largest entry of every matrix a
 Chosen here: bytes are the budget, not a count of zeros, so candidates that round may take part; tables are ranked with
 the rest where they offer several candidates; no weight is trained again.
 
-Measured on docs-lm, 16-bit values and a mask, in the bytes of uniform sparsity: see ``layerwise bench lamp`` and its
-evidence. A plan by predicted damage (``pareto``) sees the loss, which magnitudes do not.
+Measured on docs-lm, 16-bit values and a mask, in the bytes of uniform sparsity 0.5 / 0.6 / 0.7: KL 0.446 / 1.12 / 2.24,
+by plain magnitude 0.330 / 0.770 / 1.81, uniform 0.269 / 0.651 / 1.41, layerwise's own planner 0.172 / 0.435 / 1.23.
+LAMP was made for convolutional nets that are trained again; in one shot on a transformer its ranking across layers
+costs quality, because how much of its squares a layer keeps says nothing about the loss.
 
 Sources: J. Lee et al., *Layer-adaptive sparsity for the Magnitude-based Pruning*, arXiv 2010.07611; S. Han et al.,
 *Learning both Weights and Connections*, arXiv 1506.02626.

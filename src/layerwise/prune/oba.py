@@ -12,6 +12,12 @@ tangent (J theta), is bent by the loss (A) and comes back by the ordinary revers
     score      mean of q_slice over the unit's slices, over the largest in its block
     goes       the lowest of each block, the same number in every block
 
+q says what a slice is worth while everything else shrinks with it, and predicts that well (a test). Removing a few
+slices and keeping the rest is another question, where only the slices' own block of H counts. Measured on docs-lm, a
+quarter of the channels: KL 0.420 by q, 0.256 by the slices' own curvature (``hessian=unit``), 0.251 by the Fisher
+information of gates, 0.273 by Taylor, 2.53 by magnitude; a third of the heads: 0.234, 0.234, 0.234, 0.220, 0.248. On
+this network the paper's cross terms cost quality.
+
 Source: M. Sun et al., *Optimal Brain Apoptosis*, arXiv 2502.17941, and its code's later form with a double-backward
 product; the paper's analytic expressions for the Hessian between layers give the same product layer by layer. Chosen
 here: the loss compares with the dense network, so that no labels are needed; biases are slices of their own; one shot

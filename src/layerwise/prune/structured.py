@@ -15,6 +15,11 @@ default) gives the matrix that reads the units the least-squares best ``W' = W C
 ``C = E[x x^T]`` of its inputs, damped by 1e-3; a unit that the others can say then costs little. In memory beside a
 block is one such C, and for each block the [n, kept] matrix by which it is mixed, until the result is written.
 
+Measured on docs-lm in equal bytes, KL: a quarter of the channels 0.220 (0.251 without refit, 0.243 by ``taylor``, 0.684
+by ``magnitude``), a third of the heads 0.186 (0.234, 0.167, 0.206: one of three heads a block leaves little to choose).
+A sequence of 256 tokens on one core takes 30.5 ms dense, 26.0 with three quarters of the channels, 21.4 with two thirds
+of the heads as well. Bytes alone are better saved by rounding: at the same size 8 bits cost 0.0002.
+
 Sources: P. Molchanov et al., *Importance Estimation for Neural Network Pruning*, arXiv 1906.10771 (Taylor); P. Michel
 et al., *Are Sixteen Heads Really Better than One?*, arXiv 1905.10650; W. Kwon et al., *A Fast Post-Training Pruning
 Framework for Transformers*, arXiv 2204.09656 (Fisher information of masks, least squares after). Chosen here: cross
