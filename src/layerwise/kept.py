@@ -28,7 +28,7 @@ from layerwise.plan.menu import fitted
 from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
 from layerwise.recipe import parse_technique, surgery
 from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
-from layerwise.technique import BlockMeasure
+from layerwise.roles import BlockMeasure
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,14 @@ class Candidates:
     folder: Path
     refused: dict[str, dict[str, str]]
     removals: Removals | None = None
+
+    def without_damages(self) -> Candidates:
+        """For a uniform setting that was encoded without gradients: nothing is predicted of it."""
+        sites = {
+            name: replace(found, candidates=tuple(replace(c, damage=0.0) for c in found.candidates))
+            for name, found in self.sites.items()
+        }
+        return replace(self, sites=sites)
 
     def tree(self) -> Node:
         """The site tree for the solver.

@@ -35,6 +35,15 @@ class MadeUp(Measures):
             for site, found in self._candidates.items()
         }
 
+    def energies(self) -> Mapping[str, Mapping[str, tuple[float, float]]]:
+        return {
+            site: {recipe: (self.cost(site, c), 8.0) for recipe, c in found.items()}
+            for site, found in self._candidates.items()
+        }
+
+    def slopes(self, draws: int, size: float) -> Mapping[str, float]:
+        return {name: 1.0 + number(name) % 13 for name in self.places}
+
     def influence(self) -> Mapping[str, float]:
         return {f"block {i}": (0.3, 0.1, 0.2)[i] for i in range(3)}
 

@@ -20,6 +20,8 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    generate,
+    import_,
     inspect,
     papers,
     plan,
@@ -44,7 +46,9 @@ app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("probe")(probe.probe)
 app.command("depth")(depth.depth)
 app.command("report")(report.report)

@@ -17,8 +17,8 @@ stored tensor          holds
 ``decode`` adds the terms t = 1, 2, … in float32, product and sum rounded separately, so an entry is the same on every
 machine, however many rows are asked for. ``multiply`` mixes the q parts of x first and then multiplies all mixtures by
 the blocks in one product, ``y_a = sum_t S_t (sum_b A_t[a, b] x_b)``: T / q of the multiplications of the dense product,
-T / (p q) of its weights to be read. With T = p = q = 4 and fp16 blocks one token through 2048 x 2048 takes 0.53 ms on
-one core of a Zen 4, torch's fp32 product 0.92 ms; 64 tokens take 6.8 and 7.6 ms.
+and T / (p q) of its weights to be read. One token through 2048 x 2048 with T = p = q = 4 and fp16 blocks takes 0.53 ms
+on one core of a Zen 4, torch's fp32 product 0.92 ms; 64 tokens take 6.8 and 7.6 ms.
 """
 
 from __future__ import annotations
