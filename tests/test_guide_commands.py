@@ -72,6 +72,7 @@ def folder(tmp_path: Path, tiny_llama: Path, tiny_bert: Path, monkeypatch: pytes
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copytree(network, tmp_path / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(bench, "EXAMPLES", tmp_path / "examples")
     register_example(monkeypatch)
     yield tmp_path

@@ -146,11 +146,15 @@ def test_a_tokenizer_without_an_equal_is_refused(tiny_llama: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"),
-    [("docs-lm", "rtn:bits=4,group=32,symmetric=true"), ("stories260k", "rtn:bits=8,group=32,symmetric=true")],
+    ("name", "recipe", "margin"),
+    [
+        ("docs-lm", "dense", 1e-3),
+        ("docs-lm", "rtn:bits=4,group=32,symmetric=true", 0.05),
+        ("stories260k", "rtn:bits=8,group=32,symmetric=true", 0.05),
+    ],
 )
-def test_llama_cpp_says_the_same(name: str, recipe: str, request: pytest.FixtureRequest, tmp_path: Path):
-    """Tokens of a text, and the next token at every place; llama.cpp rounds activations to 8 bits, hence the margin."""
+def test_llama_cpp_says_the_same(name: str, recipe: str, margin: float, request: pytest.FixtureRequest, tmp_path: Path):
+    """Tokens of a text, and the next token at every place; llama.cpp rounds the inputs of packed weights to 8 bits."""
     llama_cpp = pytest.importorskip("llama_cpp")
     from transformers import AutoTokenizer
 
@@ -171,7 +175,7 @@ def test_llama_cpp_says_the_same(name: str, recipe: str, request: pytest.Fixture
         with torch.inference_mode():
             ours = network(torch.tensor([tokens])).logits[0].float()
         scores = torch.tensor(np.array(theirs.scores[: len(tokens)]))
-        assert float((scores - ours).abs().max()) < 0.05 * float(ours.abs().max())
+        assert float((scores - ours).abs().max()) < margin * float(ours.abs().max())
         top = ours.topk(2).values
-        clear = top[:, 0] - top[:, 1] > 0.5
+        clear = top[:, 0] - top[:, 1] > 10 * margin
         assert torch.equal(scores.argmax(-1)[clear], ours.argmax(-1)[clear])

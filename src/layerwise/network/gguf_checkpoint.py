@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from layerwise.network.gguf_file import GgufTensor, read_header
 from layerwise.network.gguf_tokenizer import write_tokenizer
 from layerwise.network.safetensors_file import Elsewhere, TensorInfo
 
+LAYOUT = 1  # of the folder in the cache
 LARGEST = 1 << 31  # of any setting
 FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 DECODER = {
@@ -89,12 +91,26 @@ def open_gguf(path: Path) -> Checkpoint:
     for tensor in stored.values():
         info = _info(path, tensor, config["head_dim"])
         tensors[info.name] = info
-    digest = hashlib.sha256(json.dumps([values, sorted(stored)], default=str).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps([LAYOUT, config, values], default=str).encode()).hexdigest()[:12]
     folder = _cache() / f"{path.stem}-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(values, folder, path)
+    if not folder.is_dir():
+        _write_companions(folder, config, values, path)
     return Checkpoint(folder, config, config["architectures"][0], (path,), tensors, find_companions(folder))
+
+
+def _write_companions(folder: Path, config: dict[str, Any], values: dict[str, Any], path: Path) -> None:
+    """Config and tokenizer, as a whole folder or not at all, whoever else writes the same one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as scratch:
+        partial = Path(scratch) / "whole"
+        partial.mkdir()
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_tokenizer(values, partial, path)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first
+                raise
 
 
 def _cache() -> Path:
