@@ -62,6 +62,8 @@ class Network:
     @property
     def arrangement(self) -> Arrangement | None:
         """How its stored blocks run, where that is not one after the other."""
+        if self.checkpoint is None:  # the search for a residual stream runs a bare module
+            return None
         return stored_arrangement(self.checkpoint.config.get("quantization_config"))
 
     @property
