@@ -103,6 +103,22 @@ def test_a_probe_is_held_against_sizes_and_places(given: dict[str, Any], monkeyp
     assert 0 <= rows[0].value == rows[0].baseline.value <= 1 and rows[0].metric == probe_trials.METRIC
 
 
+def test_a_generator_is_held_against_plain_decoding(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from layerwise.trials import generators
+
+    for name, value in (("PROMPTS", 2), ("PROMPT_TOKENS", 16), ("NEW_TOKENS", 12)):
+        monkeypatch.setattr(generators, name, value)
+    rows = bench(Bench("self_speculative:exit=1,tokens=2,floor=0", **given)).rows
+    metrics = [row.metric for row in rows]
+    assert metrics[:2] == ["full passes a token", "blocks run a token, over the network's"]
+    assert {row.baseline.recipe for row in rows} == {"plain", "repeat the last token"}
+    assert rows[0].value <= rows[0].baseline.value == 1
+    rows = bench(Bench("early_exit:exit=1,confidence=0", **given)).rows
+    assert [row.value for row in rows[:2]] == [0.0, 0.5]
+    named = [str(setting) for setting in generators.settings_of("early_exit")]
+    assert named[-1] == "early_exit:confidence=0.0" and len(named) == 3
+
+
 def test_two_blocks_are_too_few_to_rank(given: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"figures for 2 places of .*; 3 are needed"):
         bench(Bench("block_influence", **given, seeds=(0,)))

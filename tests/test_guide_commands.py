@@ -121,7 +121,7 @@ def run(words: list[str], folder: Path) -> None:
         shutil.copy(folder / "OUT" / "plan.json", folder / given[given.index("--plan") + 1])
     if out is not None and (folder / out).exists():
         shutil.rmtree(folder / out)
-    if verb in ("evaluate", "export", "report") or given[1:2] in (["show"], ["diff"]):
+    if verb in ("evaluate", "export", "report", "generate") or given[1:2] in (["show"], ["diff"]):
         needed(given, folder)
     if verb == "compress" and "--no-baseline" not in given:
         given.append("--no-baseline")  # what it costs is tested elsewhere

@@ -29,7 +29,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "sensitivity": frozenset({"technique", "calibrate"}),
     "plan": frozenset({"technique", "recipe", "sensitivity", "encoding"}),
     **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
-    "generate": frozenset({"network", "kernels"}),
+    "generate": frozenset({"technique", "network", "kernels"}),
     "probe": frozenset({"technique", "network", "calibrate"}),
     "blueprints": frozenset({"technique", "network", "encoding"}),
     "evaluate": frozenset({"network", "encoding", "plan"}),
@@ -53,7 +53,9 @@ WIDENED: dict[str, frozenset[str]] = {
     "calibrate": frozenset({"engine"}),  # the passes write the journal and say how far they are
     # a query is encoded by a network in stored form; a paper's evidence is shown beside it
     "papers": frozenset({"network", "evidence"}),
-    "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
+    # rounding with error feedback, for factors and for what they leave over; a surgeon says how far it is
+    "factorize": frozenset({"quantize", "engine"}),
+    **dict.fromkeys(("prune", "depth"), frozenset({"engine"})),  # surgeons of whole networks say how far they are
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.

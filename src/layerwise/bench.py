@@ -25,11 +25,21 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.technique import ActivationQuantizer, Blueprint, NetworkRewrite, NetworkSurgeon, Probe, Technique, find
+from layerwise.technique import (
+    ActivationQuantizer,
+    Blueprint,
+    Generator,
+    NetworkRewrite,
+    NetworkSurgeon,
+    Probe,
+    Technique,
+    find,
+)
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
 from layerwise.trials.by_loss import ROLES as BY_LOSS
 from layerwise.trials.by_loss import Ground, Trial
+from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
@@ -42,6 +52,7 @@ ROLES = {
     Probe.role: probe_trials,
     ActivationQuantizer.role: activation_trials,
     Blueprint.role: blueprint_trials,
+    Generator.role: generator_trials,
 }
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout

@@ -16,6 +16,7 @@ from layerwise.technique import (
     Allocator,
     Blueprint,
     Encoder,
+    Generator,
     NetworkSurgeon,
     Probe,
     Rewrite,
@@ -144,6 +145,11 @@ def parse_surgeon(text: str) -> Surgeon | NetworkSurgeon:
 def parse_blueprint(text: str) -> Blueprint:
     """``osp:projections=false`` -> a blueprint; another kind of technique, or none, names the blueprints there are."""
     return _of_role(text, Blueprint, "the blueprint", "is no blueprint", "the blueprints are {}")  # type: ignore[type-abstract]
+
+
+def parse_generator(text: str) -> Generator:
+    """``self_speculative:tokens=4`` -> a generator; another kind of technique, or none, names those there are."""
+    return _of_role(text, Generator, "the method", "generates nothing", "the methods are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.encoding.inputs import InputGrid
     from layerwise.engine.progress import Progress
+    from layerwise.generate.network import CausalNetwork
+    from layerwise.generate.wanted import Emit, Generation, Wanted
     from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
     from layerwise.plan.measures import Measures
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
 
 FAMILIES = (
     *("quantize", "prune", "factorize", "depth", "normalize", "merge", "tune", "distill", "nas"),
-    *("sensitivity", "plan", "probe", "blueprints"),
+    *("sensitivity", "plan", "probe", "blueprints", "generate"),
 )
 
 # What a technique may ask to have measured at its site (``needs``).
@@ -319,6 +321,23 @@ class Blueprint(Technique):
     @abstractmethod
     def finish(self, module: Module) -> Finished:
         """What ships: the same function as a plain decoder, and its packed forms if it was trained in them."""
+
+
+class Generator(Technique):
+    """A network and prompts in, new tokens out; the caches are rolled back exactly.
+
+    lossless: greedily it gives the tokens of plain greedy decoding, and drawn ones come from the network's own
+              distribution; False for a method that changes what is said.
+    """
+
+    role = "generator"
+    lossless: ClassVar[bool] = False
+
+    @abstractmethod
+    def generate(
+        self, network: CausalNetwork, prompts: Sequence[Sequence[int]], wanted: Wanted, emit: Emit
+    ) -> Generation:
+        """Continue every prompt (token ids, none empty); ``emit`` is told of new tokens as soon as they are certain."""
 
 
 T = TypeVar("T", bound=type[Technique])

@@ -20,6 +20,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    generate,
     inspect,
     papers,
     plan,
@@ -44,6 +45,7 @@ app.command("inspect")(inspect.inspect)
 app.command("calibrate")(calibrate.calibrate)
 app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
+app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("probe")(probe.probe)
 app.command("depth")(depth.depth)

@@ -29,6 +29,7 @@ class ArtifactQuality:
     """Metrics of the dense network and of the artifact on the same text.
 
     activations: those of the artifact with the inputs of its linears quantized as was asked for; None if it was not.
+    cache: those of the artifact with keys and values kept as was asked for; None if it was not.
     """
 
     dense: dict[str, Any]
@@ -38,6 +39,7 @@ class ArtifactQuality:
     latency_ms: float
     tokens: int
     activations: dict[str, Any] | None = None
+    cache: dict[str, Any] | None = None
 
 
 def evaluate_artifact(

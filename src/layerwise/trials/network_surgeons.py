@@ -2,8 +2,8 @@
 
 Every setting of its menu is carried out on the calibrated network and stored in 16 bits, then held by the loss against
 
-- each of its ``rivals``: settings of surgeons that make a network of about the same bytes, such as the surgeon itself
-  with its idea taken out; without any, the network as it came;
+- each of its ``rivals`` that makes a network of about the same bytes, such as the surgeon itself with its idea taken
+  out; without any, the network as it came;
 - round to nearest, planned within the same bytes, where the result is smaller than the network as it came: what the
   bytes are worth to quantization.
 """
@@ -39,12 +39,18 @@ def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
     found = ground.search(floor_menu()) if smaller else None
     trials = []
     for setting in settings:
-        trials += [Trial(sides[setting], sides[rival]) for rival in asked.rivals if rival != setting]
+        alike = [rival for rival in asked.rivals if rival != setting and of_one_size(sides[setting], sides[rival])]
+        trials += [Trial(sides[setting], sides[rival]) for rival in alike]
         if not asked.rivals:
             trials.append(Trial(sides[setting], dense))
         if found is not None and setting in smaller:
             trials.append(Trial(sides[setting], planned_floor(ground, found, sides[setting].bytes)))
     return trials
+
+
+def of_one_size(one: Side, other: Side) -> bool:
+    """Whether two networks are within a fiftieth of each other in bytes."""
+    return abs(one.bytes - other.bytes) * 50 <= max(one.bytes, other.bytes)
 
 
 def judged(

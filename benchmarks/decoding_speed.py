@@ -1,0 +1,212 @@
+"""How fast text is generated: drafts against plain decoding, and plain decoding against a bare forward pass.
+
+    python benchmarks/decoding_speed.py [NETWORK] [--methods self_speculative …] [--prompts 200] [--tokens 128]
+    python benchmarks/decoding_speed.py --random 768 12 32000     a random LLaMA: width, blocks, words; overhead only
+
+- *lossless*: every prompt by plain greedy decoding and by each method, token for token. In float32 a pass over several
+  tokens adds its sums in another order than a pass over one, so a text may turn at a token whose two best scores are
+  equal to rounding; these are counted, with the largest gap between the two at such a place. ``--dtype float64`` has
+  none to count.
+- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second and the ratio of times to
+  plain decoding's.
+- *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
+  with transformers' cache and a known token, medians of rounds in turn.
+
+Acceptance is a property of trained weights: a random network's drafts agree with it by chance, so ``--random`` measures
+overhead only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.runs import default_network, default_texts
+from benchmarks.tables import Table, add_output_options, publish
+
+from layerwise.generate.network import CausalNetwork, causal_network
+from layerwise.generate.wanted import Wanted, silent
+from layerwise.generating import open_speaker
+from layerwise.recipe import parse_generator
+
+ROWS_AT_ONCE = 20  # of plain decoding, where only its tokens are wanted
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("network", nargs="?", default=default_network(), help="checkpoint or artifact (%(default)s)")
+    parser.add_argument(
+        "--random", type=int, nargs=3, metavar=("WIDTH", "BLOCKS", "WORDS"), help="measure overhead only"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="TEXT", help="where prompts are from; by default one that suits the network"
+    )
+    parser.add_argument("--methods", nargs="+", default=["self_speculative"], metavar="NAME")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--timed", type=int, default=12, help="prompts of the comparison of speed (%(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=1)
+    add_output_options(parser)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    tables, found = [], {}
+    if given.random:
+        width, blocks, words = given.random
+        name, network, prompts = f"random LLaMA, {width} x {blocks}", random_network(width, blocks, words), []
+        network.module.to(getattr(torch, given.dtype))
+    else:
+        speaker = open_speaker(given.network, "auto" if given.dtype == "float64" else given.dtype)
+        if given.dtype == "float64":
+            speaker.network.module.double()
+        name, network = Path(given.network).resolve().name, speaker.network
+        prompts = windows(speaker.tokenizer, given.evaluate or default_texts(given.network)[1], given)
+    if prompts:
+        lossless = [compare(network, prompts, method, given.tokens) for method in given.methods]
+        speed = speeds(network, prompts[: given.timed], given.methods, given.tokens)
+        tables += [
+            Table.of(f"{name}: greedy text against plain decoding's", lossless),
+            Table.of(f"{name}: speed", speed),
+        ]
+        found |= {"lossless": lossless, "speed": speed}
+    size = sum(p.numel() for p in network.module.parameters()) / 1e6
+    overhead = overheads(network, prompts[0] if prompts else list(range(3, 19)), given.tokens)
+    tables.append(Table.of(f"{name} ({size:.0f} M parameters, {given.dtype}): overhead", overhead))
+    publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found, "overhead": overhead})
+    return 0
+
+
+def random_network(width: int, blocks: int, words: int) -> CausalNetwork:
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=width * 8 // 3 // 64 * 64, num_hidden_layers=blocks,
+        num_attention_heads=max(1, width // 64), max_position_embeddings=1024, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return causal_network(transformers.LlamaForCausalLM(config).eval().requires_grad_(False))
+
+
+def windows(tokenizer: Any, text: str, given: argparse.Namespace) -> list[list[int]]:
+    """Prompts at even distances of a text."""
+    tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    step = (len(tokens) - given.prompt_tokens) // given.prompts
+    return [tokens[i * step : i * step + given.prompt_tokens] for i in range(given.prompts)]
+
+
+# ---------------------------------------------------------------- the same tokens
+
+
+def compare(network: CausalNetwork, prompts: Sequence[list[int]], method: str, count: int) -> dict[str, Any]:
+    """How many texts are plain decoding's, and how close the two best scores were where one is not."""
+    wanted, gaps, texts = Wanted(count, ignore_stop=True), [], 0
+    work = {"full_passes": 0, "drafted": 0, "accepted": 0}
+    for start in range(0, len(prompts), ROWS_AT_ONCE):
+        rows = prompts[start : start + ROWS_AT_ONCE]
+        plain = parse_generator("plain").generate(network, rows, wanted, silent)
+        found = parse_generator(method).generate(network, rows, wanted, silent)
+        for prompt, mine, theirs in zip(rows, found.tokens, plain.tokens, strict=True):
+            texts += 1
+            place = next((i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b), None)
+            if place is not None:
+                gaps.append(gap(network, [*prompt, *theirs[:place]]))
+        for name in work:
+            work[name] += getattr(found.work, name)
+    return {
+        "method": method, "texts": texts, "tokens": texts * count, "the same": texts - len(gaps),
+        "turned at a tie": sum(g < 1e-4 for g in gaps), "turned otherwise": sum(g >= 1e-4 for g in gaps),
+        "largest gap": max(gaps, default=None), "accepted": work["accepted"] / max(1, work["drafted"]),
+        "full passes a token": work["full_passes"] / (texts * (count - 1)),
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def gap(network: CausalNetwork, text: Sequence[int]) -> float:
+    """Between the two best scores behind a text."""
+    best = network.module(torch.tensor([list(text)]), use_cache=False).logits[0, -1].float().topk(2).values
+    return float(best[0] - best[1])
+
+
+# ---------------------------------------------------------------- speed
+
+
+def speeds(
+    network: CausalNetwork, prompts: Sequence[list[int]], methods: Sequence[str], count: int
+) -> list[dict[str, Any]]:
+    """Every prompt by every method in turn."""
+    wanted = Wanted(count, ignore_stop=True)
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *methods)}
+    for prompt in prompts:
+        for name, taken in seconds.items():
+            began = time.perf_counter()
+            parse_generator(name).generate(network, [prompt], wanted, silent)
+            taken.append(time.perf_counter() - began)
+    ratios = {name: [a / b for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
+    return [
+        {
+            "method": name, "tokens/s": count * len(taken) / sum(taken),
+            "median ratio of times": statistics.median(ratios[name]),
+            "best": min(ratios[name]), "worst": max(ratios[name]),
+        }
+        for name, taken in seconds.items()
+    ]  # fmt: skip
+
+
+@torch.inference_mode()
+def overheads(network: CausalNetwork, prompt: list[int], count: int, rounds: int = 3) -> list[dict[str, Any]]:
+    """Milliseconds a token, the prompt's own left out."""
+    count = min(count, network.longest - len(prompt))
+    ways = {"layerwise, plain": plain_ms, "transformers' generate": generate_ms, "bare forward": forward_ms}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, measure in ways.items():
+            taken[name].append(measure(network, prompt, count))
+    bare = statistics.median(taken["bare forward"])
+    return [
+        {"": name, "ms a token": statistics.median(found), "over the bare forward": statistics.median(found) / bare}
+        for name, found in taken.items()
+    ]
+
+
+def plain_ms(network: CausalNetwork, prompt: list[int], count: int) -> float:
+    found = parse_generator("plain").generate(network, [prompt], Wanted(count, ignore_stop=True), silent)
+    return 1e3 * found.work.decode_seconds / (count - 1)
+
+
+def generate_ms(network: CausalNetwork, prompt: list[int], count: int) -> float:
+    tokens = torch.tensor([prompt])
+    both = []
+    for new in (1, count):
+        began = time.perf_counter()
+        network.module.generate(
+            tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False, attention_mask=torch.ones_like(tokens)
+        )
+        both.append(time.perf_counter() - began)
+    return 1e3 * (both[1] - both[0]) / (count - 1)
+
+
+def forward_ms(network: CausalNetwork, prompt: list[int], count: int) -> float:
+    """The network's own forward with its own cache, token by token; nothing is chosen."""
+    module: nn.Module = network.module
+    past = module(torch.tensor([prompt])).past_key_values
+    token: Tensor = torch.tensor([[prompt[-1]]])
+    began = time.perf_counter()
+    for _ in range(count - 1):
+        past = module(token, past_key_values=past).past_key_values
+    return 1e3 * (time.perf_counter() - began) / (count - 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""A decode session: one or more texts, one cache, and passes through any run of blocks.
+
+The state is the cache and, for each row, how many of its positions are committed (``lengths``). A pass says at which
+position it starts; what it writes counts only once ``lengths`` covers it:
+
+    prefill(prompts)              all blocks over the prompts; lengths = theirs
+    full(tokens)                  all blocks over the next tokens, at lengths; then lengths += count
+    embed(tokens, starts)         tokens -> hidden 0
+    run(hidden, blocks, starts)   a run of blocks, e.g. range(0, 4) now and range(4, 12) later for the same positions
+    scores(hidden)                norm and head, after any block (an exit)
+    rollback(lengths)             positions at and behind a length no longer count; the next pass writes over them
+
+Sessions never draw or choose tokens. A row's queries see keys at or before their own position, within the block's
+window; keys behind it, left over from drafts, are masked or overwritten. Rows may have different lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InputError
+from layerwise.generate.cache import Cache
+from layerwise.generate.network import CausalNetwork
+
+
+class Session:
+    """``rows`` texts of at most ``capacity`` tokens each. Call within ``torch.inference_mode()``."""
+
+    def __init__(self, network: CausalNetwork, rows: int, capacity: int, cache: str = "16") -> None:
+        if capacity > network.longest:
+            raise InputError(
+                f"prompt and new tokens come to {capacity} positions, but this {network.name} was made for "
+                f"{network.longest}; shorten the prompt or ask for fewer new tokens"
+            )
+        self.network, self.rows, self.capacity = network, rows, capacity
+        self.cache = Cache(len(network.blocks), capacity, cache)
+        self.lengths = [0] * rows
+        self._rotary: tuple[Tensor, Tensor] | None = None
+
+    # ------------------------------------------------------------ whole passes
+
+    def prefill(self, prompts: Sequence[Sequence[int]], seen: list[Tensor] | None = None) -> Tensor:
+        """Run the prompts, padded behind their ends; return the last hidden state of each, ``[rows, 1, d]``.
+
+        seen: filled with the hidden states behind every block, ``[rows, longest prompt, d]`` each, for exits.
+        """
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[*p, *[p[-1]] * (longest - len(p))] for p in prompts])
+        hidden = self.embed(tokens, [0] * self.rows)
+        if seen is None:
+            hidden = self.run(hidden, range(len(self.network.blocks)), [0] * self.rows)
+        else:
+            for block in range(len(self.network.blocks)):
+                hidden = self.run(hidden, (block,), [0] * self.rows)
+                seen.append(hidden)
+        self.lengths = [len(p) for p in prompts]
+        last = torch.tensor([len(p) - 1 for p in prompts], device=hidden.device)
+        return hidden[torch.arange(self.rows, device=hidden.device), last][:, None]
+
+    def full(self, tokens: Tensor) -> Tensor:
+        """All blocks over the next ``tokens`` [rows, count]; their scores ``[rows, count, words]``."""
+        starts = self.lengths
+        hidden = self.run(self.embed(tokens, starts), range(len(self.network.blocks)), starts)
+        self.lengths = [n + tokens.shape[1] for n in starts]
+        return self.scores(hidden)
+
+    def rollback(self, lengths: Sequence[int]) -> None:
+        """Only the first ``lengths`` positions of each row count from now on."""
+        if any(not 0 <= new <= self.capacity for new in lengths):
+            raise ValueError(f"lengths lie between 0 and {self.capacity}, not {list(lengths)}")
+        self.lengths = list(lengths)
+
+    # ------------------------------------------------------------ parts of a pass
+
+    def embed(self, tokens: Tensor, starts: Sequence[int]) -> Tensor:
+        """Hidden states ``[rows, count, d]`` before the first block."""
+        tokens = tokens.to(self.network.device)
+        hidden: Tensor = self.network.table(tokens)
+        if self.network.positions is not None:
+            hidden = hidden + self.network.positions(self._places(starts, tokens.shape[1]))
+        return hidden
+
+    def run(self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int]) -> Tensor:
+        """Hidden states ``[rows, count, d]`` behind these blocks; their keys and values are written at ``starts``."""
+        network, count = self.network, hidden.shape[1]
+        arguments: dict[str, Any] = {
+            "past_key_values": self.cache, "use_cache": True, "position_ids": self._places(starts, count)
+        }  # fmt: skip
+        if network.rotary is not None:
+            arguments["position_embeddings"] = self._turns(hidden, starts, count)
+        self.cache.starts = starts
+        masks: dict[int | None, Tensor | None] = {}
+        for index in blocks:
+            window = network.windows[index]
+            if window not in masks:
+                masks[window] = self._mask(starts, count, window)
+            out = network.blocks[index](hidden, attention_mask=masks[window], **arguments)
+            hidden = out[0] if isinstance(out, tuple) else out
+        return hidden
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """Scores ``[rows, count, words]`` behind any block: final norm, then head."""
+        return self.network.scores(hidden)
+
+    # ------------------------------------------------------------ positions
+
+    def _places(self, starts: Sequence[int], count: int) -> Tensor:
+        """Positions ``[rows, count]``."""
+        device = self.network.device
+        if len(set(starts)) == 1:
+            return torch.arange(starts[0], starts[0] + count, device=device).expand(self.rows, count)
+        return torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
+
+    def _turns(self, hidden: Tensor, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[rows or 1, count, width]``, cut out of tables that are made once."""
+        if self._rotary is None:
+            every = torch.arange(self.capacity, device=hidden.device)[None]
+            self._rotary = self.network.rotary(hidden[:1], every)  # type: ignore[misc]
+        cosine, sine = self._rotary
+        if len(set(starts)) == 1:
+            own = slice(starts[0], starts[0] + count)
+            return cosine[:, own], sine[:, own]
+        places = self._places(starts, count)
+        return cosine[0][places], sine[0][places]
+
+    def _mask(self, starts: Sequence[int], count: int, window: int | None) -> Tensor | None:
+        """True where a query sees a key, ``[rows or 1, 1, count, end]``; None where the kernel knows by itself."""
+        even, end = len(set(starts)) == 1, max(starts) + count
+        unbounded = window is None or end <= window
+        if even and unbounded and (count == 1 or starts[0] == 0):
+            return None
+        queries = self._places(starts, count)[: 1 if even else None]
+        keys = torch.arange(end, device=queries.device)
+        sees = keys <= queries[:, :, None]
+        if not unbounded:
+            sees &= keys > queries[:, :, None] - window  # type: ignore[operator]
+        return sees[:, None]

@@ -1,0 +1,176 @@
+"""What ``layerwise bench`` measures of a generator: how much of the network runs for a token, and how long it takes.
+
+Prompts are windows of the held-out text, decoded greedily past the ends of texts, one by one, each by plain decoding
+and by every setting in turn, so that all see the same machine. Per setting:
+
+passes    of the whole network a new token, and of blocks (in networks); plain decoding takes 1
+time      of the processor, one thread, for prompt and new tokens, plain decoding's = 1: what a clock shows on a machine
+          that does nothing else; of small networks it is mostly the interpreter's
+refused   share of drafted tokens where their number is fixed, beside that of a draft which repeats the last token
+foreign   share of new tokens that are not the network's own choice behind the same text; 0 for a lossless generator,
+          which is checked; beside leaving at the same exit always
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from layerwise.errors import InputError
+from layerwise.generate.choice import Choice, Chooser
+from layerwise.generate.network import CausalNetwork
+from layerwise.generate.session import Session
+from layerwise.generate.speculation import Proposal, speculate
+from layerwise.generate.wanted import Wanted, Work, silent
+from layerwise.generating import open_speaker
+from layerwise.recipe import parse_generator
+from layerwise.technique import Generator
+from layerwise.trials.by_loss import Figures, Ground, Side, Trial
+
+PROMPTS = 12
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+PLAIN = "plain"
+FIXED = "tokens=4,floor=0"  # beside a setting that chooses its number of drafts
+
+
+@dataclass
+class Tally:
+    """Sums over the prompts of one way of decoding."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    work: Work = field(default_factory=Work)
+    foreign: int = 0
+
+    def add(self, seconds: float, text: Sequence[int], work: Work) -> None:
+        self.seconds += seconds
+        self.tokens += len(text)
+        for name, value in vars(work).items():
+            setattr(self.work, name, getattr(self.work, name) + value)
+
+    @property
+    def refused(self) -> float:
+        return 1 - self.work.accepted / max(1, self.work.drafted)
+
+
+def generator_trials(ground: Ground, technique: str) -> list[Trial]:
+    """Every setting against plain decoding of the same prompts."""
+    options = ground.prepared.options
+    network = open_speaker(options.model).network
+    prompts = prompts_of(ground, network)
+    settings = {str(found): found for found in settings_of(technique)}
+    tallies = {name: Tally() for name in (PLAIN, "repeat", *settings)}
+    with ground.watch.stage(f"generate by {len(settings)} settings", len(prompts)) as advance:
+        for prompt in prompts:
+            plain = decode(parse_generator(PLAIN), network, prompt, tallies[PLAIN])
+            for name, generator in settings.items():
+                text = decode(generator, network, prompt, tallies[name])
+                if generator.lossless and text != plain:
+                    raise AssertionError(f"{name} gave other tokens than plain greedy decoding")
+            repeat(network, prompt, tallies["repeat"])
+            advance()
+    size = ground.network.checkpoint.safetensors_bytes
+    return [t for name, found in settings.items() for t in trials_of(name, found, tallies, len(network.blocks), size)]
+
+
+def trials_of(name: str, generator: Generator, tallies: dict[str, Tally], blocks: int, size: int) -> list[Trial]:
+    mine, plain = tallies[name], tallies[PLAIN]
+
+    def trial(metric: str, value: float, other: str, against: float) -> Trial:
+        return Trial(Side(name, size, None), Side(other, size, None), Figures(metric, value, against))
+
+    def passes(of: Tally) -> tuple[float, float]:
+        behind = max(1, of.tokens - of.work.prefilled)
+        return of.work.full_passes / behind, of.work.block_passes / blocks / behind
+
+    trials = [
+        trial("full passes a token", passes(mine)[0], PLAIN, passes(plain)[0]),
+        trial("blocks run a token, over the network's", passes(mine)[1], PLAIN, passes(plain)[1]),
+        trial("time of one thread, plain = 1", mine.seconds / plain.seconds, PLAIN, 1.0),
+    ]
+    if getattr(generator, "tokens", 0):  # a setting that chooses may draft for one seed and not for another
+        repeated = tallies["repeat"].refused
+        trials.append(trial("refused share of drafted tokens", mine.refused, "repeat the last token", repeated))
+    if not generator.lossless:
+        always = next((n for n in tallies if n.startswith(generator.name) and "confidence=0.0" in n), None)
+        if always is not None and always != name:
+            share = [t.foreign / max(1, t.tokens) for t in (mine, tallies[always])]
+            trials.append(trial("tokens that the network would not choose", share[0], always, share[1]))
+    return trials
+
+
+def settings_of(technique: str) -> list[Generator]:
+    """What was asked for; else the menu, and beside it what shows what a setting's choices are worth."""
+    name, _, options = technique.partition(":")
+    kind = parse_generator(name)
+    if options or not kind.menu:
+        return [parse_generator(technique)]
+    found = [parse_generator(f"{name}:{setting}") for setting in kind.menu]
+    if hasattr(kind, "floor"):
+        found += [parse_generator(f"{name}:{setting},{FIXED}") for setting in kind.menu]
+    if hasattr(kind, "confidence"):
+        found.append(replace(kind, confidence=0.0))  # type: ignore[type-var]
+    return found
+
+
+def prompts_of(ground: Ground, network: CausalNetwork) -> list[list[int]]:
+    """Windows of the held-out text at places that the seed draws."""
+    if network.longest < PROMPT_TOKENS + NEW_TOKENS:
+        raise InputError(f"generators are measured on {PROMPT_TOKENS + NEW_TOKENS} positions; this network has fewer")
+    tokens = torch.cat([b.tokens.reshape(-1) for b in ground.prepared.evaluation.batches])
+    draw = torch.Generator().manual_seed(ground.prepared.options.seed)
+    places = torch.randint(max(1, len(tokens) - PROMPT_TOKENS), (PROMPTS,), generator=draw).tolist()
+    return [tokens[place : place + PROMPT_TOKENS].tolist() for place in places]
+
+
+def decode(generator: Generator, network: CausalNetwork, prompt: Sequence[int], tally: Tally) -> tuple[int, ...]:
+    """Continue one prompt, and count what it took."""
+    began = time.process_time()
+    found = generator.generate(network, [prompt], Wanted(NEW_TOKENS, ignore_stop=True), silent)
+    tally.add(time.process_time() - began, found.tokens[0], found.work)
+    if not generator.lossless:
+        tally.foreign += foreign(network, prompt, found.tokens[0])
+    return found.tokens[0]
+
+
+@torch.inference_mode()
+def foreign(network: CausalNetwork, prompt: Sequence[int], text: Sequence[int]) -> int:
+    """New tokens that are not the network's own choice behind what stands before them."""
+    session = network.session(1, len(prompt) + len(text))
+    best = session.full(torch.tensor([[*prompt, *text]]))[0].argmax(-1)[len(prompt) - 1 : -1]
+    return int((best.cpu() != torch.tensor(text)).sum())
+
+
+class Repeat:
+    """Drafts the last token over and over."""
+
+    def propose(self, session: Session, last: int, count: int, chooser: Chooser) -> Proposal:
+        return Proposal([last] * count)
+
+    def confirmed(self, tokens: Sequence[int], hidden: Tensor) -> None:
+        """It knows nothing but the last token."""
+
+
+class Four:
+    """Four drafts a round."""
+
+    def count(self) -> int:
+        return 4
+
+    def seen(self, drafted: int, accepted: int) -> None:
+        """Nothing changes its mind."""
+
+
+@torch.inference_mode()
+def repeat(network: CausalNetwork, prompt: Sequence[int], tally: Tally) -> None:
+    """Count what the repeating draft is worth."""
+    session = network.session(1, len(prompt) + NEW_TOKENS)
+    first = int(session.scores(session.prefill([prompt]))[0, -1].argmax())
+    work, wanted = Work(prefilled=1), Wanted(NEW_TOKENS, ignore_stop=True)
+    text = speculate(session, first, Repeat(), Four(), Choice().chooser(), wanted, work, lambda _: None)
+    tally.add(0.0, text, work)
