@@ -21,6 +21,7 @@ VERBS = (
     "plan",
     "evaluate",
     "export",
+    "import",
     "report",
     "compare",
     "bench",

@@ -1,4 +1,4 @@
-"""``layerwise export OUT DIR``: the result in a form that other tools read."""
+"""``layerwise export OUT PLACE --to FORMAT``: the result in a form that other tools read."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from layerwise.cli import shared
 
 def export(
     artifact: Annotated[str, typer.Argument(help="A folder written by layerwise compress.", metavar="OUT")],
-    folder: Annotated[str, typer.Argument(help="Folder to write.", metavar="DIR")],
-    to: Annotated[str, typer.Option(help="dense: a plain 16-bit checkpoint for any tool.")] = "dense",
+    place: Annotated[str, typer.Argument(help="Folder to write, or the file where the format is one.", metavar="DIR")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="dense: a plain 16-bit checkpoint for any tool. gguf: a file for llama.cpp. "
+            "onnx: a folder for ONNX Runtime."
+        ),
+    ] = "dense",
+    reencode: Annotated[
+        bool, typer.Option("--reencode", help="Round again the sites that the format cannot hold exactly.")
+    ] = False,
+    evaluate: Annotated[
+        str, typer.Option("--evaluate", metavar="TEXT", help="Text to measure the loss of --reencode on.")
+    ] = "default",
     force: shared.Force = False,
 ) -> None:
-    """Write OUT as a plain checkpoint that needs no layerwise to load."""
-    from layerwise.errors import InputError, nearest
-    from layerwise.export.dense import export_dense
+    """Write OUT in a form that needs no layerwise to load."""
+    from layerwise.exporting import ExportOptions, export
 
-    if to != "dense":
-        raise InputError(f"there is no export to {to!r}{nearest(to, ['dense'])}")
-    export_dense(artifact, folder, force=force)
-    print(f"wrote {folder}")
+    for line in export(artifact, place, to, ExportOptions(force, reencode, evaluate)):
+        print(line)

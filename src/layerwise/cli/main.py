@@ -21,6 +21,7 @@ from layerwise.cli import (
     evaluate,
     export,
     generate,
+    import_,
     inspect,
     papers,
     plan,
@@ -47,6 +48,7 @@ app.add_typer(plan.app, name="plan")
 app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("probe")(probe.probe)
 app.command("depth")(depth.depth)
 app.command("report")(report.report)

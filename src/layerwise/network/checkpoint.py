@@ -121,6 +121,10 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
     Raises ``InputError`` in one sentence for anything that is not a complete safetensors checkpoint.
     """
+    if os.fspath(source).endswith(".gguf") and Path(source).expanduser().is_file():
+        from layerwise.network.gguf_checkpoint import open_gguf
+
+        return open_gguf(Path(source).expanduser())
     directory = _locate(os.fspath(source))
     config = read_json(directory / "config.json")
     files, placed = _weight_files(directory)

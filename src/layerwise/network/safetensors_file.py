@@ -66,6 +66,15 @@ class TensorInfo:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Elsewhere(TensorInfo):
+    """A tensor of a file in another format, which knows how it is read; ``nbytes`` is what it takes up there."""
+
+    def values(self, index: slice | Tensor) -> Tensor:
+        """Some rows (of a vector: entries) in ``dtype``, at a range or a 1-D int64 index."""
+        raise NotImplementedError
+
+
 # ---------------------------------------------------------------- reading the header
 
 
@@ -202,6 +211,8 @@ def _typed(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 def read(info: TensorInfo, buffer: Tensor | None = None) -> Tensor:
     """The tensor as stored. With ``buffer`` (flat uint8, at least ``nbytes`` long) the result is a view of it."""
+    if isinstance(info, Elsewhere):
+        return info.values(slice(None)).view(info.shape)
     if buffer is None or info.nbytes == 0:
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     elif buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < info.nbytes:
@@ -216,6 +227,9 @@ def read(info: TensorInfo, buffer: Tensor | None = None) -> Tensor:
 
 def chunks(info: TensorInfo) -> Iterator[Tensor]:
     """The tensor, flat, in pieces of a few megabytes. A piece is only valid until the next one is asked for."""
+    if isinstance(info, Elsewhere):
+        yield info.values(slice(None)).flatten()
+        return
     step = CHUNK_BYTES // info.dtype.itemsize * info.dtype.itemsize
     buffer = torch.empty(min(step, info.nbytes), dtype=torch.uint8)
     with _opened(info) as descriptor:
@@ -231,7 +245,7 @@ def read_float(info: TensorInfo, out: Tensor | None = None) -> Tensor:
         out = torch.empty(info.shape, dtype=torch.float32)
     if out.dtype != torch.float32 or tuple(out.shape) != info.shape or not out.is_contiguous():
         raise ValueError(f"the result for {info.name} must be contiguous float32 of shape {list(info.shape)}")
-    if info.dtype == torch.float32 and info.nbytes:
+    if info.dtype == torch.float32 and info.nbytes and not isinstance(info, Elsewhere):
         with _opened(info) as descriptor:
             _fill(descriptor, info, out.view(-1).view(torch.uint8), info.start)
         return out
@@ -253,6 +267,8 @@ def read_rows(info: TensorInfo, index: Tensor) -> Tensor:
     distinct, position = index.to("cpu", torch.int64).unique(return_inverse=True)
     if len(distinct) and (int(distinct[0]) < 0 or int(distinct[-1]) >= rows):
         raise IndexError(f"rows of {info.name} are 0 to {rows - 1}, not {int(distinct[0])} to {int(distinct[-1])}")
+    if isinstance(info, Elsewhere):
+        return info.values(distinct)[position]
     width = columns * info.dtype.itemsize
     buffer = torch.empty(len(distinct) * width, dtype=torch.uint8)
     # A run of consecutive rows ends where the next wanted row is not the next row of the file.
