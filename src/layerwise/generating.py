@@ -58,8 +58,8 @@ def open_speaker(source: str, dtype: str = "auto", device: str = "cpu", threads:
         raise InputError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
     with _quiet():
         module = load(source, DTYPES.get(dtype), device)
-    if dtype == "auto" and device == "cpu" and _computes_in(module) == torch.float16:
-        module = module.float()
+        if dtype == "auto" and device == "cpu" and _computes_in(module) == torch.float16:
+            module = load(source, torch.float32, device)  # what holds packed sites cannot be cast afterwards
     return Speaker(causal_network(module), tokenizer_of(artifact.directory))
 
 

@@ -96,7 +96,7 @@ def rise(
                 targets = [loss.target(leave(part, h[start:stop]), part) for h in (kept, changed)]
                 total += float(loss.distances(*targets).double().sum())
                 terms += loss.terms(part)
-    return max(0.0, total / max(1, terms))
+    return max(total / max(1, terms), 0.0)  # in this order, not a number stays not a number
 
 
 def block_influence(before: Boundary, after: Boundary, batches: Sequence[Batch], offset: int) -> float:

@@ -168,7 +168,9 @@ class Sums:
             self.predicted += len(follows)
 
     def measured(self, loss: Loss) -> Measured:
-        metrics = {loss.name: max(0.0, self.loss / max(1, self.terms))}  # a KL of nothing may round below zero
+        metrics = {
+            loss.name: max(self.loss / max(1, self.terms), 0.0)
+        }  # a KL of nothing may round below zero; nan stays
         if loss.kind != "distance":
             metrics["agreement"] = self.agreed / max(1, self.terms)
         if self.labelled:

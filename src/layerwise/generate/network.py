@@ -56,6 +56,11 @@ class CausalNetwork:
     def device(self) -> torch.device:
         return next((t.device for t in (*self.module.parameters(), *self.module.buffers())), torch.device("cpu"))
 
+    @property
+    def slots(self) -> int:
+        """Of the cache: one a block; a step of an arranged network has one for each run of a block."""
+        return sum(getattr(block, "uses", 1) for block in self.blocks)
+
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores of every word ``[…, words]`` as the head reads them off hidden states ``[…, d]`` of any block."""
         scores: Tensor = self.head(self.norm(hidden))

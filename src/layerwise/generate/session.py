@@ -37,7 +37,7 @@ class Session:
                 f"{network.longest}; shorten the prompt or ask for fewer new tokens"
             )
         self.network, self.rows, self.capacity = network, rows, capacity
-        self.cache = Cache(len(network.blocks), capacity, cache)
+        self.cache = Cache(network.slots, capacity, cache)
         self.lengths = [0] * rows
         self._rotary: tuple[Tensor, Tensor] | None = None
 

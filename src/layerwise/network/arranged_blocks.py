@@ -101,6 +101,11 @@ class ArrangedStep:
     def __init__(self, blocks: ArrangedBlocks, step: Step, slot: int) -> None:
         self.blocks, self.step, self.slot = blocks, step, slot
 
+    @property
+    def uses(self) -> int:
+        """How many slots of the KV cache it takes."""
+        return self.step.uses
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "blocks" not in self.__dict__:
             raise AttributeError(name)

@@ -63,8 +63,8 @@ class Paths:
                     reached = path(self.stack, entered, part, states)
                     other = self.loss.target(self.stack.leave(part, reached), part)
                     totals[name] += float(self.loss.distances(dense, other).double().sum())
-        found = {name: max(0.0, total / max(1, terms)) for name, total in totals.items()}
+        found = {name: total / max(1, terms) for name, total in totals.items()}
         wrong = next((name for name, value in found.items() if not math.isfinite(value)), None)
         if wrong is not None:
             raise InputError(f"{self.probe} finds no finite loss for the network run with {wrong}")
-        return found
+        return {name: max(0.0, value) for name, value in found.items()}
