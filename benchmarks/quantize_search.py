@@ -26,7 +26,7 @@ from layerwise.engine.progress import Stopwatch
 from layerwise.engine.workers import each
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
-from layerwise.kept import Candidates, Stored, overlay
+from layerwise.kept import Candidates, Stored, overlay, rebuilt, with_removals
 from layerwise.measuring import NetworkMeasures
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import is_dense
@@ -34,8 +34,9 @@ from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Node
 from layerwise.prepare import Options, prepare
-from layerwise.recipe import parse_allocator, parse_recipe
+from layerwise.recipe import parse_allocator, parse_recipe, surgery
 from layerwise.refit import encode, needs_refit
+from layerwise.removal import find_removals
 from layerwise.rewriting import Rewriter, chain_of, chains, encoder_of
 from layerwise.sequential import propagate
 from layerwise.shortlist import shortlist
@@ -155,10 +156,10 @@ class Search:
         for bits in budgets:
             try:
                 allocation = allocator.allocate(tree, self.budget(scope, bits), measures)
+                recipes = {**(self.beside if scope == LINEARS else {}), **recipes_of(allocation)}
+                plans.append(self.plan(kind, method, scope, bits, recipes, allocation.damage))
             except InputError:
-                continue  # the method has nothing so small
-            recipes = {**(self.beside if scope == LINEARS else {}), **recipes_of(allocation)}
-            plans.append(self.plan(kind, method, scope, bits, recipes, allocation.damage))
+                continue  # the method has nothing so small, or takes every block out
         return plans
 
     def budget(self, scope: str, bits: float) -> int:
@@ -174,7 +175,8 @@ class Search:
         if scope == LINEARS:
             size, count = linear_bytes(network, recipes), self.linear_parameters
         else:
-            size, count = predicted_bytes(network, recipes), network.tree.parameters
+            made = rebuilt(self.run.candidates, recipes)  # a plan may have taken blocks out
+            size, count = predicted_bytes(made.network, made.recipes), network.tree.parameters
         return Plan(kind, method, scope, bits, size, 8 * size / count, damage, recipes)
 
     def allocated(self, allocator: str, technique: str, scope: str, budgets: Sequence[float]) -> list[Plan]:
@@ -210,6 +212,17 @@ class Search:
             if (block := self.run.candidates.sites[name].site.block) and recipe:
                 seen.setdefault(block, set()).add(chain_of(recipe))
         return all(len(labels) == 1 for labels in seen.values())
+
+    def with_removals(self, surgeon: str, techniques: Sequence[str] | None = None) -> Candidates:
+        """The candidates of these techniques, or all, with the removal of each block beside them; measured once."""
+        run = self.run
+        find_removals(run.calibration, run.candidates, STAGE, run.watch)
+        self.run = replace(run, candidates=with_removals(run.calibration, run.candidates, surgeon, STAGE))
+        return (
+            self.run.candidates
+            if techniques is None
+            else with_removals(run.calibration, self.offered(techniques), surgeon, STAGE)
+        )
 
     # ---------------------------------------------------------------- losses
 
@@ -251,7 +264,7 @@ class Search:
         run, journal = self.run, self.run.calibration.journal
         found = run.candidates
         (run.calibration.folder / "refit").mkdir(exist_ok=True)
-        wanted = [n for n, recipe in recipes.items() if needs_refit(found, n, recipe)]
+        wanted = [n for n, recipe in recipes.items() if not surgery(recipe) and needs_refit(found, n, recipe)]
         keys = {name: identity_of({"stage": STAGE, "recipe": recipes[name]})[:16] for name in wanted}
         missing = [n for n in wanted if not journal.has(f"again/{n}/{keys[n]}")]
 

@@ -347,10 +347,19 @@ def test_uniform(tiny_llama: Path, sentences: Path, tmp_path: Path) -> None:
     assert set(linears.values()) == {"gptq:bits=4,group=32"}
     assert found.plan["sites"]["model.embed_tokens"]["recipe"] == "rtn:bits=4,group=32"
     assert found.plan["predicted"]["bytes"] == found.size
+    assert found.evidence["predicted"] is None and "no gradients" in found.plan["predicted"]["loss"]
     small = finished(
         tiny_llama, tmp_path / "OUT8", sentences, "--uniform", "gptq:bits=4,group=32", "--embeddings", "int8"
     )
     assert small.plan["sites"]["model.embed_tokens"]["recipe"] == "rtn:bits=8,group=0"
+
+
+def test_a_uniform_setting_is_the_baseline_of_a_plan(tiny_bert: Path, sentences: Path, tmp_path: Path) -> None:
+    """Encoded without gradients, and yet the pooler, which the loss does not reach, is kept apart as in a plan."""
+    plain = finished(tiny_bert, tmp_path / "OUT", sentences, "--uniform", "gptq:bits=4,group=32")
+    judged = finished(tiny_bert, tmp_path / "JUDGED", sentences, "--uniform", "two_sided:bits=4,group=32")
+    assert plain.evidence["predicted"] is None and judged.evidence["predicted"]["damage"] > 0
+    assert plain.plan["sites"]["pooler.dense"]["recipe"] == judged.plan["sites"]["pooler.dense"]["recipe"]
 
 
 def test_a_rise_of_perplexity(tiny_llama: Path, sentences: Path, tmp_path: Path) -> None:

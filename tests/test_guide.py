@@ -61,6 +61,12 @@ def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypa
     + ["fireq", "fireq:bits=3,group=32", "adadim:along=outputs", "adadim:bits=3,group=32,along=outputs"]
     + ["slim_llm:bits=2,group=16", "slim_llm:bits=3,group=0", "high_impact:share=0.3,group=32", "high_impact:bits=1"]
     + ["svd_llm:ratio=0.5", "svd_llm:ratio=0.5,factor_bits=3", "caldera:bits=2,ratio=0.5"]
+    + [
+        "phnn:order=2,bits=4",
+        "phnn:order=4",
+        "dsformer:block=24,bits=5",
+        "dsformer:atoms=5,block=64,kept=3,atom_bits=16",
+    ]
     + ["ternary:group=64,scale_bits=8", "ptqtp", "bivit", "bivit:group=64,centred=false", "nupes:by_row=true"]
     + ["nupes:bits=3,group=64", "ptq161", "ptq161:share=0"],
 )

@@ -39,6 +39,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "evidence": frozenset(),
     "compress": EVERYTHING,
     "acts": EVERYTHING,
+    "reshape": EVERYTHING,
     "cli": EVERYTHING,
     "trials": EVERYTHING,  # one file a kind of technique: what `bench` measures it by
     "__init__": EVERYTHING,
@@ -52,14 +53,16 @@ WIDENED: dict[str, frozenset[str]] = {
     "calibrate": frozenset({"engine"}),  # the passes write the journal and say how far they are
     # a query is encoded by a network in stored form; a paper's evidence is shown beside it
     "papers": frozenset({"network", "evidence"}),
-    "factorize": frozenset({"quantize"}),  # rounding with error feedback, for factors and for what they leave over
+    # rounding with error feedback, for factors and for what they leave over; a surgeon says how far it is
+    "factorize": frozenset({"quantize", "engine"}),
+    **dict.fromkeys(("prune", "depth"), frozenset({"engine"})),  # surgeons of whole networks say how far they are
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
 VALUES = {"layerwise.calibrate.statistics", "layerwise.probe.measurement"}
 # The compositions: the whole job, the acts one by one for the library, and two that measure techniques against each
 # other. Only the outside knows them.
-COMPOSITIONS = {"compress", "acts", "bench", "side_by_side"}
+COMPOSITIONS = {"compress", "acts", "reshape", "bench", "side_by_side"}
 WHO_MAY_COMPOSE = {*COMPOSITIONS, "cli", "__init__", "__main__"}
 
 # What the verbs may use besides the project and the standard library: parse, call, print.

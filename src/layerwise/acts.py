@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from layerwise.activations import grids_of_artifact
 from layerwise.apply import write_network
+from layerwise.blocks import TOKENS, measure_blocks
 from layerwise.calibrate.images import Images, image_splits, read_images
 from layerwise.calibrate.passes import Calibration, forward
 from layerwise.calibrate.splits import make_splits
@@ -154,6 +155,25 @@ def probe(
         calibration = calibrate(network, work=Path(folder) / "work", progress=progress, **options)
         try:
             return found.measure(network, calibration)
+        finally:
+            calibration.journal.close()
+
+
+def measure_depth(
+    network: Network, *, tokens: int = TOKENS, progress: Progress | None = None, **options: Any
+) -> Measurement:
+    """What each block is worth: ``layerwise.acts.measure_depth(network)``; see ``blocks.py``.
+
+    ``options`` are those of ``calibrate``. The network is in memory whole, as float32.
+    """
+    network.checkpoint.check_finite()
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        calibration = calibrate(network, work=Path(folder) / "work", progress=progress, **options)
+        try:
+            with Stopwatch(progress).stage("measure blocks", 1) as advance:
+                found = measure_blocks(calibration, tokens)
+                advance()
+            return found
         finally:
             calibration.journal.close()
 

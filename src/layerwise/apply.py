@@ -22,6 +22,9 @@ from layerwise.plan.file import PlanBudget, PlanFile, PlanNetwork, Predicted, ma
 from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
 from layerwise.technique import ActivationQuantizer
+from layerwise.wanted import predicts
+
+UNPREDICTED = "not predicted, since encoding it needed no gradients"  # in place of the damage's unit
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def plan_of(
         PlanNetwork(network.name, fingerprint, network.tree.parameters),
         PlanBudget(asked, budget),
         Predicted(
-            predicted_bytes(made.network, made.recipes, prepared.activations), allocation.damage, prepared.loss.unit
+            predicted_bytes(made.network, made.recipes, prepared.activations),
+            allocation.damage,
+            prepared.loss.unit if predicts(prepared) else UNPREDICTED,
         ),
         {s.name: s.parameters for s in network.tree.sites},
         None if prepared.activations is None else str(prepared.activations),

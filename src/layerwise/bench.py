@@ -25,19 +25,30 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.technique import ActivationQuantizer, Blueprint, Generator, NetworkRewrite, Probe, Technique, find
+from layerwise.technique import (
+    ActivationQuantizer,
+    Blueprint,
+    Generator,
+    NetworkRewrite,
+    NetworkSurgeon,
+    Probe,
+    Technique,
+    find,
+)
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
 from layerwise.trials.by_loss import ROLES as BY_LOSS
 from layerwise.trials.by_loss import Ground, Trial
 from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
+from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
 from layerwise.wanted import wanted_of
 
 ROLES = {
     **BY_LOSS,
     NetworkRewrite.role: network_rewrite_trials,
+    NetworkSurgeon.role: network_surgeon_trials,
     Probe.role: probe_trials,
     ActivationQuantizer.role: activation_trials,
     Blueprint.role: blueprint_trials,

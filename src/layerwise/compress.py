@@ -14,6 +14,7 @@ from typing import Any
 
 from layerwise.activations import input_grids
 from layerwise.apply import Applied, apply_plan, plan_of
+from layerwise.calibrate.inputs import reached_input_parts
 from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
 from layerwise.candidates import find_candidates
 from layerwise.disk import check_disk, keeps_statistics
@@ -44,7 +45,7 @@ from layerwise.sequential import propagate
 from layerwise.technique import SECOND_MOMENT
 from layerwise.tuning import tune
 from layerwise.uniform import Baseline, find_baseline
-from layerwise.wanted import wanted_by
+from layerwise.wanted import predicts, wanted_by
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,15 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
     """The forward and the reverse pass, or what is left of them."""
     options = prepared.options
     forward(calibration, watch)
-    stage = "uniform" if options.uniform else "candidates"
+    stage, parts = ("uniform", reverse_uniform) if options.uniform else ("candidates", reverse)
+    if not predicts(prepared):
+        parts = reached_input_parts
     found = find_candidates(
-        calibration, prepared.menu, options.workers, watch, stage, prepared.only,
-        reverse_uniform if options.uniform else reverse, keeps_statistics(options, prepared.network),
+        calibration, prepared.menu, options.workers, watch, stage, prepared.only, parts,
+        keeps_statistics(options, prepared.network),
     )  # fmt: skip
+    if not predicts(prepared):
+        found = found.without_damages()
     for surgeon in prepared.menu.surgeons:
         find_removals(calibration, found, stage, watch)
         found = with_removals(calibration, found, surgeon, stage)

@@ -79,6 +79,14 @@ class Candidates:
     refused: dict[str, dict[str, str]]
     removals: Removals | None = None
 
+    def without_damages(self) -> Candidates:
+        """For a uniform setting that was encoded without gradients: nothing is predicted of it."""
+        sites = {
+            name: replace(found, candidates=tuple(replace(c, damage=0.0) for c in found.candidates))
+            for name, found in self.sites.items()
+        }
+        return replace(self, sites=sites)
+
     def tree(self) -> Node:
         """The site tree for the solver.
 

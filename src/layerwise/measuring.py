@@ -2,7 +2,8 @@
 
     hessians, scores   from the statistics that the search kept, or from one more reverse pass where they are too large
     influence          from the block inputs of the forward pass
-    outliers           from the weights
+    outliers, energies, spectra   from the weights and the stored forms
+    slopes             by running the network on fit tokens with one matrix moved a little either way
     rises              by running the network on steer tokens with some sites in their stored form
 
 Every figure is journaled, so that another budget or another rule on the same work folder measures nothing twice.
@@ -30,6 +31,8 @@ from layerwise.recipe import parse_technique, surgery
 from layerwise.removal import block_influence, changed_on_steer
 from layerwise.rewriting import AS_IS, Rewriter, chain_of, kept_values
 from layerwise.sensitivity.hessian import Hessian, hessian_of
+from layerwise.sensitivity.spectrum import Spectrum, spectrum_of
+from layerwise.slopes import measure_slopes
 from layerwise.technique import SECOND_MOMENT, Scorer
 
 RUNS_AT_ONCE = 32  # journaled together
@@ -84,6 +87,27 @@ class NetworkMeasures(Measures):
             self.calibration.journal.record(unit, found)
         return cast(Mapping[str, Mapping[str, float]], self.calibration.journal[unit])
 
+    def energies(self) -> Mapping[str, Mapping[str, tuple[float, float]]]:
+        unit = f"{self.stage}/energies/{self._menu()}"
+        if not self.calibration.journal.has(unit):
+            made: dict[str, dict[str, list[float]]] = {}
+            for name, at in self.candidates.sites.items():
+                for candidate, stored in zip(at.candidates, at.stored, strict=True):
+                    weight = self._weight(name, chain_of(candidate.recipe)).double()
+                    change = float((stored.read().decode().double() - weight).square().sum())
+                    made.setdefault(name, {})[candidate.recipe] = [change, float(weight.square().sum())]
+            self.calibration.journal.record(unit, made)
+        found = self.calibration.journal[unit]
+        return {site: {recipe: (e[0], e[1]) for recipe, e in known.items()} for site, known in found.items()}
+
+    def slopes(self, draws: int, size: float) -> Mapping[str, float]:
+        unit = f"{self.stage}/slopes/{draws}/{size}"
+        if not self.calibration.journal.has(unit):
+            reached = [s.site for s in self.candidates.sites.values() if s.reached and s.site.kind == "linear"]
+            with self.progress.stage("move matrices", len(reached)) as advance:
+                self.calibration.journal.record(unit, measure_slopes(self.calibration, reached, draws, size, advance))
+        return cast(Mapping[str, float], self.calibration.journal[unit])
+
     def influence(self) -> Mapping[str, float]:
         network, unit = self.candidates.network, f"{self.stage}/influence"
         if network.whole:
@@ -105,6 +129,16 @@ class NetworkMeasures(Measures):
                 for block in network.tree.blocks
             }
         return cast(Mapping[str, float], self._found["outliers"])
+
+    def spectra(self) -> Mapping[str, Spectrum]:
+        if "spectra" not in self._found:
+            network, sites = self.candidates.network, self.candidates.sites
+            self._found["spectra"] = {
+                name: spectrum_of(network.read_site(s.site))
+                for name, s in sites.items()
+                if s.reached and s.site.searched
+            }
+        return cast(Mapping[str, Spectrum], self._found["spectra"])
 
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:
         for change in changes:

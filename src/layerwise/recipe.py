@@ -17,6 +17,7 @@ from layerwise.technique import (
     Blueprint,
     Encoder,
     Generator,
+    NetworkSurgeon,
     Probe,
     Rewrite,
     Surgeon,
@@ -130,6 +131,15 @@ def parse_activations(text: str) -> ActivationQuantizer:
     listed = "give one of {}, such as token_int:bits=8"
     role = ActivationQuantizer
     return _of_role(text, role, "--activations", "quantizes no activations", listed)  # type: ignore[type-abstract]
+
+
+def parse_surgeon(text: str) -> Surgeon | NetworkSurgeon:
+    """``drop_block:count=2`` -> a surgeon, of blocks or of the whole network."""
+    found = parse_technique(text)
+    if not isinstance(found, (Surgeon, NetworkSurgeon)):
+        listed = ", ".join([*names(Surgeon), *names(NetworkSurgeon)])
+        raise InputError(f"{found.name} gives no network another shape; --surgeon takes one of {listed}")
+    return found
 
 
 def parse_blueprint(text: str) -> Blueprint:

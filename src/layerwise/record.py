@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from layerwise.apply import Applied
+from layerwise.apply import UNPREDICTED, Applied
 from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.splits import tokens_in
 from layerwise.engine.machine import versions
@@ -27,6 +27,7 @@ from layerwise.recipe import parse_recipe, parse_tuner, surgery
 from layerwise.removal import measure_on_steer
 from layerwise.rewriting import AS_IS
 from layerwise.uniform import Baseline
+from layerwise.wanted import predicts
 
 FRONT_POINTS = 20
 SAMPLED_SITES = 10
@@ -83,7 +84,9 @@ def make_evidence(
         "budget": {"text": asked, "bytes": budget},
         "loss": {"name": loss.name, "unit": loss.unit},
         "rows": rows,
-        "predicted": {"damage": allocation.damage, "measured": measured["plan"].metrics[loss.name]},
+        "predicted": {"damage": allocation.damage, "measured": measured["plan"].metrics[loss.name]}
+        if predicts(prepared)
+        else None,
         "sites": site_rows(candidates, allocation, applied),
         **(front_of(prepared, candidates, tree) if not options.uniform else {}),
         "uniform": uniform_points(prepared, calibration, candidates, baseline, measured) if not options.uniform else [],
@@ -105,6 +108,8 @@ def remarks(prepared: Prepared, candidates: Candidates) -> dict[str, str]:
     found = {}
     if prepared.options.sequential:
         found["propagation"] = "encoded behind the stored prefix; damages are those before propagation"
+    if not predicts(prepared):
+        found["damage"] = f"{UNPREDICTED}: all damages read zero"
     if prepared.activations is not None:
         found["activations"] = (
             f"{prepared.activations} at the inputs of encoded linears; damages, front and baseline are of weights "

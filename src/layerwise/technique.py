@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.encoding.inputs import InputGrid
+    from layerwise.engine.progress import Progress
     from layerwise.generate.network import CausalNetwork
     from layerwise.generate.wanted import Emit, Generation, Wanted
     from layerwise.network.folds import BlockScope
@@ -165,6 +166,31 @@ class BlockMeasure:
 
     damage: float
     influence: float
+
+
+class NetworkSurgeon(Technique):
+    """A network in, a network of another shape out: fewer heads or channels, more blocks, blocks in another order.
+
+    What comes back reads the weights of the given network when they are asked for (``Network.reshaped``), one parameter
+    at a time, and its config, names and shapes agree: it is opened, calibrated, compressed and saved like any other.
+    The option that changes nothing gives the given network itself. Where training would be needed to make the result
+    useful, ``layerwise tune`` does that.
+
+    rivals: settings of surgeons that it is held against at about the same bytes, as ``--surgeon`` takes them.
+    judged_by: the metric by which it is, where closeness to the given network is not what it is for: ``perplexity``.
+    """
+
+    role = "network surgeon"
+    rivals: ClassVar[tuple[str, ...]] = ()
+    judged_by: ClassVar[str] = ""
+
+    @abstractmethod
+    def operate(self, network: Network, calibration: Calibration, progress: Progress) -> Network:
+        """The reshaped network.
+
+        calibration: its forward pass has run; a surgeon that reads gradients runs the reverse pass on it.
+        Raises ``InputError`` for an architecture or an option where no such network can be built or saved.
+        """
 
 
 class NetworkRewrite(Technique):

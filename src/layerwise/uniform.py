@@ -21,7 +21,7 @@ from layerwise.prepare import Prepared
 from layerwise.recipe import parse_recipe
 from layerwise.rewriting import encoder_of
 from layerwise.sequential import propagate
-from layerwise.technique import OF_THE_REVERSE_PASS
+from layerwise.wanted import need_gradients
 
 BASELINE = "gptq"
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
@@ -64,7 +64,6 @@ def encode_uniform(
     """Encode one uniform setting on all calibration tokens."""
     network = prepared.network
     linear, table = uniform_recipes(parse_recipe(recipe), embeddings)
-    needs_gradients = bool(OF_THE_REVERSE_PASS & parse_recipe(recipe).needs)
     found = find_candidates(
         calibration,
         Menu((linear,), (str(parse_recipe(table)),)),
@@ -72,7 +71,7 @@ def encode_uniform(
         progress,
         f"baseline {recipe} {embeddings}",
         unreached_recipes(candidates),
-        reverse_uniform if needs_gradients else input_parts,
+        reverse_uniform if need_gradients([recipe]) else input_parts,
         prepared.options.sequential,
     )
     chosen = uniform_plan(found, linear, str(parse_recipe(table)))

@@ -10,6 +10,7 @@ from zlib import crc32
 from layerwise.plan.measures import Measures, Place
 from layerwise.plan.tree import Candidate, Node, leaves
 from layerwise.sensitivity.hessian import Hessian
+from layerwise.sensitivity.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,28 @@ class MadeUp(Measures):
             for site, found in self._candidates.items()
         }
 
+    def energies(self) -> Mapping[str, Mapping[str, tuple[float, float]]]:
+        return {
+            site: {recipe: (self.cost(site, c), 8.0) for recipe, c in found.items()}
+            for site, found in self._candidates.items()
+        }
+
+    def slopes(self, draws: int, size: float) -> Mapping[str, float]:
+        return {name: 1.0 + number(name) % 13 for name in self.places}
+
     def influence(self) -> Mapping[str, float]:
         return {f"block {i}": (0.3, 0.1, 0.2)[i] for i in range(3)}
 
     def outliers(self) -> Mapping[str, float]:
         return {f"block {i}": (0.16, 0.2, 0.1)[i] for i in range(3)}
+
+    def spectra(self) -> Mapping[str, Spectrum]:
+        """Sixteen singular values that fall at a pace of the site's own, of matrices of two shapes."""
+        found = {}
+        for name in self.places:
+            pace, wide = 0.5 + number(name) % 40 / 100, 16 * (1 + number(name) % 2)
+            found[name] = Spectrum(tuple(sorted(pace**i for i in range(16))), 16, wide)
+        return found
 
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:
         """Costs add up, and sites of one block cost a little extra together."""

@@ -9,12 +9,13 @@ from collections.abc import Collection, Iterator
 
 import torch
 
+from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.experts import with_average
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
-from layerwise.calibrate.reverse import SplitMoments, add_inputs
+from layerwise.calibrate.reverse import DRAWS, SplitMoments, add_inputs, reverse_tail, unreached_sites
 from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
 from layerwise.calibrate.whole import watch_whole
 from layerwise.network.network import output_width
@@ -22,8 +23,11 @@ from layerwise.network.sites import Site
 from layerwise.network.streaming import Streamer, rows_at_once
 
 
-def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
-    """Every unit that is not finished, with ``H`` of its sites; in the order of the reverse pass."""
+def input_parts(calibration: Calibration, finished: Collection[str], apart: bool = False) -> Iterator[Part]:
+    """Every unit that is not finished, with ``H`` of its sites; in the order of the reverse pass.
+
+    apart: name the sites after the blocks that the loss does not reach, instead of measuring them.
+    """
     network = calibration.network
     if network.whole:
         if TAIL not in finished:
@@ -42,7 +46,26 @@ def input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator
         moments = SplitMoments(frozenset(s.name for s in sites), wanted=wanted)
         if unit != TABLES:
             _watch(calibration, streamer, unit, sites, moments)
-        yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in sites}, sites), frozenset())
+        lost = lost_in_tail(calibration, streamer, sites) if unit == TAIL and apart else frozenset()
+        reached = [s for s in sites if s.name not in lost]
+        yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in reached}, reached), lost)
+
+
+def reached_input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
+    """The same, with sites after the blocks that the loss does not depend on kept apart, as the reverse pass has it."""
+    return input_parts(calibration, finished, apart=True)
+
+
+def lost_in_tail(calibration: Calibration, streamer: Streamer, sites: list[Site]) -> frozenset[str]:
+    """Linears after the blocks that get no gradient on the first batch, such as the pooler of a bare encoder."""
+    names = [s.name for s in sites if s.kind == "linear"]
+    if not names:
+        return frozenset()
+    batches, inputs = calibration.splits.all[:1], calibration.inputs(calibration.splits.all[:1])
+    scratch = Boundary(calibration.folder / "reach.bin", [(DRAWS, *batches[0].tokens.shape, calibration.width)])
+    found = reverse_tail(streamer, calibration.loss, batches, ["fit"], inputs[-1], scratch, calibration.seed)
+    scratch.remove()
+    return frozenset(unreached_sites(found, names))
 
 
 @torch.inference_mode()

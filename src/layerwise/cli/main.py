@@ -16,6 +16,7 @@ from layerwise.cli import (
     calibrate,
     compare,
     compress,
+    depth,
     doctor,
     evaluate,
     export,
@@ -25,6 +26,7 @@ from layerwise.cli import (
     plan,
     probe,
     report,
+    reshape,
     train,
 )
 
@@ -46,15 +48,17 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("generate")(generate.generate)
 app.command("export")(export.export)
 app.command("probe")(probe.probe)
+app.command("depth")(depth.depth)
 app.command("report")(report.report)
 app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
+app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
 app.command("doctor")(doctor.doctor)
 
 
-RESUMABLE = ("compress", "calibrate", "plan")
+RESUMABLE = ("compress", "calibrate", "plan", "reshape")
 INTERRUPTED = 130
 
 

@@ -58,7 +58,6 @@ def probe(
     from layerwise.calibrate.text import DEFAULT
     from layerwise.network.network import open_network
     from layerwise.prepare import Options
-    from layerwise.report.figures import probe_value
 
     if reads_text:
         Options(
@@ -74,15 +73,7 @@ def probe(
     if json:
         shared.print_json(found.as_json())
         return
-    shown = [i for i, column in enumerate(found.columns) if not column.detail]
-    shared.print_table(
-        f"{found.title}: {found.network}",
-        ("", *(found.columns[i].name for i in shown)),
-        [(row.place, *(probe_value(row.values[i], found.columns[i].digits) for i in shown)) for row in found.rows],
-        numeric=range(1, len(shown) + 1),
-    )
-    print(found.summary)
-    print(found.caution)
+    shared.print_measurement(found)
     if page is not None:
         print(f"wrote {page}")
 

@@ -8,9 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from layerwise.probe.measurement import Measurement
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face checkpoint directory or hub id.", metavar="MODEL")]
 Calibrate = Annotated[
@@ -107,6 +110,21 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     if not console.is_terminal:  # a file or a pipe has no width to fold names at
         console = Console(width=UNFOLDED)
     console.print(table)
+
+
+def print_measurement(found: Measurement) -> None:
+    """A measurement's table without its columns of detail, what it says and what it cannot say."""
+    from layerwise.report.figures import probe_value
+
+    shown = [i for i, column in enumerate(found.columns) if not column.detail]
+    print_table(
+        f"{found.title}: {found.network}",
+        ("", *(found.columns[i].name for i in shown)),
+        [(row.place, *(probe_value(row.values[i], found.columns[i].digits) for i in shown)) for row in found.rows],
+        numeric=range(1, len(shown) + 1),
+    )
+    print(found.summary)
+    print(found.caution)
 
 
 class Bar:

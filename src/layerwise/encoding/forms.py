@@ -10,9 +10,11 @@ from torch import Tensor
 from layerwise.encoding.binary import Binary
 from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
+from layerwise.encoding.dictionary import Dictionary
 from layerwise.encoding.directed import Directed
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.kronecker import Kronecker
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.mixed import Mixed
 from layerwise.encoding.outliers import Outliers
@@ -41,6 +43,8 @@ FORMS: dict[str, type[Encoded]] = {
         Binary,
         Split,
         Power,
+        Kronecker,
+        Dictionary,
     )
 }
 

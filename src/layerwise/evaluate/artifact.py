@@ -13,7 +13,7 @@ from layerwise.calibrate.splits import batches_of
 from layerwise.calibrate.text import Text
 from layerwise.encoding.inputs import InputGrid
 from layerwise.errors import InputError
-from layerwise.evaluate.compare import Measured, compare
+from layerwise.evaluate.compare import Measured, body_of, compare
 from layerwise.evaluate.latency import forward_seconds
 from layerwise.evaluate.sentences import pair_batches, spearman
 from layerwise.loss import Loss, loss_of
@@ -121,7 +121,7 @@ def check_same_network(artifact: Artifact, network: Network) -> None:
     shapes = {name: tuple(artifact.checkpoint.tensors[name].shape) for name in artifact.plain}
     for name, site in artifact.sites.items():
         shapes[f"{name}.weight"] = site.shape
-    for name, parameter in network.module.named_parameters():
+    for name, parameter in body_of(artifact, network).module.named_parameters():
         if shapes.get(name) != tuple(parameter.shape):
             raise InputError(
                 f"{artifact.directory} has {list(shapes[name]) if name in shapes else 'nothing'} for {name}, but "

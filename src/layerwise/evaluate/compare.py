@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block
 from layerwise.loss import Loss
+from layerwise.network.artifact import Artifact
 from layerwise.network.module import running
 from layerwise.network.network import Network, hidden_width, output_width
 from layerwise.network.overlay import Overlay
 from layerwise.network.quantized_inputs import inputs_of, quantize_inputs
+from layerwise.network.sites import find_sites
+from layerwise.network.skeleton import build_on_meta
 from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
 
 
@@ -51,7 +54,7 @@ def compare(
     if network.whole:
         return _compare_whole(network, variants, loss, batches, device, advance)
     named: dict[str, Weights] = {"dense": network, **variants}
-    streamers = {name: Streamer(own_body(weights, network), weights, device) for name, weights in named.items()}
+    streamers = {name: Streamer(own_body(weights, network), weights, device, True) for name, weights in named.items()}
     finals = {}
     for i, (name, streamer) in enumerate(streamers.items()):
         finals[name] = run_blocks(streamer, batches, folder, f"compare{i}", advance)
@@ -60,7 +63,7 @@ def compare(
     for name, streamer in streamers.items():
         if name == "dense" and len(named) > 1:
             continue
-        sums = _Sums()
+        sums = Sums()
         with streamers["dense"].tail() as dense_tail, streamer.tail() as tail:
             for i, batch in enumerate(batches):
                 dense_hidden, hidden = finals["dense"].read(i), finals[name].read(i)
@@ -76,7 +79,11 @@ def compare(
 
 
 def body_of(weights: Weights, network: Network) -> Network:
-    """The network whose blocks these weights fill: a plan may have taken some out."""
+    """The network whose blocks these weights fill: a plan may have taken some out, an artifact may arrange them."""
+    if isinstance(weights, Artifact) and weights.arrangement is not None:
+        module = build_on_meta(network.architecture, weights.config)
+        checkpoint = replace(network.checkpoint, config=weights.config)
+        return replace(network, checkpoint=checkpoint, module=module, tree=find_sites(module))
     return weights.network if isinstance(weights, Overlay) else network
 
 
@@ -99,7 +106,7 @@ def _compare_whole(
     advance()
     measured: dict[str, Measured] = {}
     for name, weights in (variants or {"dense": network}).items():
-        sums = _Sums()
+        sums = Sums()
         with running(quantize_inputs(network.again(), inputs_of(weights)), weights, device) as run:
             for batch, target in zip(batches, dense, strict=True):
                 output = run(batch.pixels.to(device)) if name != "dense" else target  # type: ignore[union-attr]
@@ -114,7 +121,7 @@ def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefi
     width = hidden_width(streamer.network)
     first, second = boundaries(folder, prefix, batches, width, 2)
     enter_network(streamer, batches, first)
-    for index in range(len(streamer.network.tree.blocks)):
+    for index in range(streamer.count):
         forward_block(streamer, index, batches, first, second)
         first, second = second, first
         advance()
@@ -123,7 +130,7 @@ def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefi
 
 
 @dataclass
-class _Sums:
+class Sums:
     """Running sums of the loss, and of the log-likelihood of the next token under both networks."""
 
     loss: float = 0.0

@@ -13,7 +13,8 @@ from layerwise.evaluate.compare import compare
 from layerwise.loss import Loss
 from layerwise.network.network import Network, output_width
 from layerwise.network.overlay import Fetch, Overlay
-from layerwise.network.streaming import Batch, Streamer, rows_at_once
+from layerwise.network.sites import Site
+from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
 
 
 @torch.inference_mode()
@@ -78,7 +79,26 @@ def _measure(
     device: str,
 ) -> float:
     sites = [network.tree.find(name) for name in change]
-    streamer = Streamer(network, Overlay(network, change, exact=True), device)
+    weights = Overlay(network, change, exact=True)
+    changed = changed_outputs(network, weights, sites, loss, batches, states, device)
+    total = sum(float(loss.distances(a, b).double().sum()) for a, b in zip(targets, changed, strict=True))
+    return max(0.0, total / sum(loss.terms(b) for b in batches))
+
+
+def changed_outputs(
+    network: Network,
+    weights: Weights,
+    sites: Sequence[Site],
+    loss: Loss,
+    batches: Sequence[Batch],
+    states: Callable[[int], list[Tensor]],
+    device: str = "cpu",
+) -> list[Tensor]:
+    """What the loss compares, a tensor a batch, of a network whose ``weights`` differ at ``sites`` alone.
+
+    states: boundary -> the dense hidden states there; it is run from the first block that differs on.
+    """
+    streamer = Streamer(network, weights, device)
     entering = any(site.kind in ("table", "position") for site in sites)
     blocks = [network.tree.blocks.index(site.block) for site in sites if site.block is not None]
     first = 0 if entering else min(blocks, default=len(network.tree.blocks))
@@ -88,9 +108,7 @@ def _measure(
             state = [enter(batch, 0)[0] for batch in batches]
     for index in range(first, len(network.tree.blocks)):
         state = _block(streamer, index, batches, state)
-    changed = _targets(streamer, loss, batches, state)
-    total = sum(float(loss.distances(a, b).double().sum()) for a, b in zip(targets, changed, strict=True))
-    return max(0.0, total / sum(loss.terms(b) for b in batches))
+    return _targets(streamer, loss, batches, state)
 
 
 def _measure_whole(

@@ -24,6 +24,10 @@ def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLi
     artifact is damaged, or where a decoded value does not fit the type.
     """
     artifact = open_artifact(artifact_path)
+    if artifact.arrangement is not None:
+        raise InputError(
+            f"{artifact_path} is an arrangement of shared or parallel blocks, which no ordinary checkpoint can say"
+        )
     dtype = artifact.plain_dtype
     layout: FileLayout = {}
     for name in artifact.plain:

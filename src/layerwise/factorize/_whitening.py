@@ -52,7 +52,7 @@ class Curvature:
         squares = diagonal(matrix).double().clamp(min=0)
         mean = float(squares.mean())
         if not mean > 0:
-            return Curvature(None, torch.ones(len(squares), dtype=torch.float64))
+            return flat(len(squares))
         # The largest first, as two-sided rounding takes them: the factors are then shared with it.
         side = factor(matrix, damp, largest_first=True)
         return Curvature(side, squares / mean + max(damp, 1e-9))
@@ -91,8 +91,12 @@ def curvatures(statistics: SiteStatistics, kind: str, damp: float, row_damp: flo
 
     if kind == "loss":
         return remembered("rows", statistics.rows, row_damp), remembered("columns", statistics.columns, damp)
-    flat = Curvature(None, torch.ones(len(statistics.rows), dtype=torch.float64))
-    return flat, remembered("inputs", statistics.inputs, damp)
+    return flat(len(statistics.rows)), remembered("inputs", statistics.inputs, damp)
+
+
+def flat(size: int) -> Curvature:
+    """The identity: every entry matters alike."""
+    return Curvature(None, torch.ones(size, dtype=torch.float64))
 
 
 def best_factors(weight: Tensor, rows: Curvature, columns: Curvature, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,7 +27,8 @@ from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, input_layout, restore_inputs
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
-from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config
+from layerwise.network.arrangement import Arrangement
+from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config, stored_arrangement
 from layerwise.network.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
 from layerwise.network.companions import copy_companions
 
@@ -125,8 +126,17 @@ def write_artifact(
     return weights_bytes(folder)
 
 
-def artifact_config(checkpoint: Checkpoint, sites: Mapping[str, StoredSite], opened: bool = False) -> dict[str, Any]:
-    """The input's config with the sites' description; the type that the network computes in stays the input's."""
+def artifact_config(
+    checkpoint: Checkpoint,
+    sites: Mapping[str, StoredSite],
+    opened: bool = False,
+    arrangement: Arrangement | None = None,
+) -> dict[str, Any]:
+    """The input's config with the sites' description; the type that the network computes in stays the input's.
+
+    arrangement: of the blocks; by default the one that the input's config has, if any.
+    """
+    arrangement = arrangement or stored_arrangement(checkpoint.config.get("quantization_config"))
     config = {k: v for k, v in checkpoint.config.items() if k not in ("auto_map", "quantization_config")}
     if config.get("dtype") is None and config.get("torch_dtype") is None:
         sizes: dict[torch.dtype, int] = {}
@@ -135,8 +145,8 @@ def artifact_config(checkpoint: Checkpoint, sites: Mapping[str, StoredSite], ope
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         if sizes:
             config["dtype"] = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
-    if sites or opened:
-        config["quantization_config"] = sites_config(sites)
+    if sites or opened or arrangement is not None:
+        config["quantization_config"] = sites_config(sites, arrangement)
     return config
 
 
@@ -198,6 +208,11 @@ class Artifact:
     @property
     def config(self) -> dict[str, Any]:
         return self.checkpoint.config
+
+    @property
+    def arrangement(self) -> Arrangement | None:
+        """How its blocks are arranged, where they are."""
+        return stored_arrangement(self.config.get("quantization_config"))
 
     @property
     def specs(self) -> dict[str, dict[str, Any]]:
@@ -301,6 +316,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     checkpoint = open_checkpoint(path)
     described = checkpoint.config.get("quantization_config")
     artifact = Artifact(checkpoint, {} if described is None else parse_sites(described))
+    _ = artifact.arrangement  # a damaged one is refused here
     wanted = {s: (f"{s}.weight", *artifact.stored_inputs(s)) for s in artifact.sites}
     missing = next((s for s, names in wanted.items() if any(n not in checkpoint.tensors for n in names)), None)
     if missing is not None:

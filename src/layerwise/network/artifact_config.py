@@ -11,6 +11,7 @@
 
 ``inputs`` (format version 2): the site multiplies quantized inputs, on the grid of ``encoding/inputs.py`` with this
 spec; what the grid stores lies under ``<site>.input…``. A version 1 artifact multiplies floats everywhere.
+``arrangement`` (format version 3): in which order and how often the stored blocks run (``arrangement.py``).
 ``transposed``: the stored matrix is [out, in], the module's own parameter is [in, out].
 ``kernel``: the stored matrix is [out, in * kh * kw], the module's own parameter is a convolution's [out, in, kh, kw].
 """
@@ -26,9 +27,12 @@ from torch import Tensor
 
 from layerwise.encoding.inputs import input_layout
 from layerwise.errors import InputError
+from layerwise.network.arrangement import Arrangement, parse_arrangement
 
 METHOD = "layerwise"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+ARRANGED_VERSION = 3
+INPUTS_VERSION = 2
 PLAIN_VERSION = 1  # written where no site needs more, so that older readers keep reading
 
 
@@ -54,7 +58,7 @@ class StoredSite:
         return weight.T.contiguous() if self.transposed else weight.reshape(self.shape)
 
 
-def sites_config(sites: Mapping[str, StoredSite]) -> dict[str, Any]:
+def sites_config(sites: Mapping[str, StoredSite], arrangement: Arrangement | None = None) -> dict[str, Any]:
     """The JSON value of ``quantization_config``."""
     entries = {
         name: {
@@ -65,8 +69,21 @@ def sites_config(sites: Mapping[str, StoredSite]) -> dict[str, Any]:
         }
         for name, site in sorted(sites.items())
     }
-    version = FORMAT_VERSION if any(site.inputs is not None for site in sites.values()) else PLAIN_VERSION
-    return {"quant_method": METHOD, "format_version": version, "sites": entries}
+    version = INPUTS_VERSION if any(site.inputs is not None for site in sites.values()) else PLAIN_VERSION
+    described: dict[str, Any] = {"quant_method": METHOD, "format_version": version, "sites": entries}
+    if arrangement is not None:
+        described |= {"format_version": ARRANGED_VERSION, "arrangement": arrangement.written()}
+    return described
+
+
+def stored_arrangement(config: object) -> Arrangement | None:
+    """The arrangement in a ``quantization_config``, or None; raises ``InputError`` for a damaged one."""
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD or "arrangement" not in config:
+        return None
+    version = config.get("format_version")
+    if type(version) is not int or version < ARRANGED_VERSION:
+        raise InputError(f"an artifact of format version {version} cannot have an arrangement")
+    return parse_arrangement(config["arrangement"])
 
 
 def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
@@ -118,7 +135,7 @@ def parse_sites(config: Mapping[str, Any]) -> dict[str, StoredSite]:
 
 def check_inputs(site: str, inputs: object, columns: int, version: int, kernel: object) -> None:
     """``InputError`` unless a site may have this grid for its inputs."""
-    if version < FORMAT_VERSION or kernel is not None or not isinstance(inputs, Mapping):
+    if version < INPUTS_VERSION or kernel is not None or not isinstance(inputs, Mapping):
         raise InputError(f"the artifact's site {site} cannot have quantized inputs in format version {version}")
     try:
         input_layout(inputs)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
+from layerwise.network.arrangement import Arrangement
+from layerwise.network.artifact_config import stored_arrangement
 from layerwise.network.checkpoint import Checkpoint, open_checkpoint
 from layerwise.network.sites import Site, SiteTree, find_sites
 from layerwise.network.skeleton import StoredNames, build_on_meta
@@ -38,6 +40,7 @@ class Network:
     """What ``layerwise.open`` returns. Holds no weights; ``read`` fetches them from disk.
 
     changes: parameter -> what a network-wide rewrite does to it on the way.
+    given:   parameters that the checkpoint does not hold, with their values.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +49,7 @@ class Network:
     stored: StoredNames
     plain_dtype: torch.dtype  # what is not encoded is stored in this type
     changes: Mapping[str, Change] = field(default_factory=dict, kw_only=True)
+    given: Mapping[str, Tensor] = field(default_factory=dict, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -54,6 +58,11 @@ class Network:
     @property
     def architecture(self) -> str:
         return self.checkpoint.architecture
+
+    @property
+    def arrangement(self) -> Arrangement | None:
+        """How its stored blocks run, where that is not one after the other."""
+        return stored_arrangement(self.checkpoint.config.get("quantization_config"))
 
     @property
     def whole(self) -> bool:
@@ -66,12 +75,16 @@ class Network:
 
     def read(self, parameter: str) -> Tensor:
         """A parameter as float32, in the module's own layout."""
+        if parameter in self.given:
+            return self.given[parameter].detach().float()
         value = safetensors_file.read_float(self.stored.place(parameter))
         return self.changes[parameter].apply(value) if parameter in self.changes else value
 
     def read_rows(self, parameter: str, index: Tensor) -> Tensor:
         """Rows of a 2-D parameter as float32 ``[len(index), columns]``, without reading the rest."""
         change = self.changes.get(parameter)
+        if parameter in self.given:
+            return self.read(parameter)[index]
         if change is not None and not change.by_rows:
             return self.read(parameter)[index]
         rows = safetensors_file.read_rows(self.stored.place(parameter), index).float()
@@ -112,6 +125,24 @@ class Network:
         chained = {n: change.after(before[n]) if n in before else change for n, change in changes.items()}
         checkpoint = replace(self.checkpoint, config={**self.checkpoint.config, **config})
         return replace(self, checkpoint=checkpoint, changes={**before, **chained})
+
+    def reshaped(self, config: Mapping[str, Any], changes: Mapping[str, Change]) -> Network:
+        """The network of another config, whose parameters are this one's, brought into their new shapes when read.
+
+        config:  entries of config.json that are replaced.
+        changes: parameter -> what makes its new value; each must give the shape that the new config asks for.
+
+        Parameters keep their names. Sizes in bits per weight count the parameters of the new shape.
+        Raises ``InputError`` where the new config asks for parameters that this network does not have.
+        """
+        wanted = self.changed(changes, config)
+        module = build_on_meta(self.architecture, wanted.checkpoint.config)
+        parameters = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        missing = next((name for name in parameters if name not in self.stored.of), None)
+        if missing is not None:
+            raise InputError(f"{self.name} has no parameter {missing}, which its class asks for in the new shape")
+        stored = self.stored.renamed({name: name for name in parameters})
+        return replace(wanted, module=module, tree=find_sites(module), stored=stored)
 
     def untied(self) -> Network:
         """The network with a head of its own where it is tied to the table; both are read from the one stored matrix.
@@ -154,7 +185,8 @@ def open_network(source: str | Path, dtype: str = "auto") -> Network:
     if "quantization_config" in checkpoint.config:
         settings = checkpoint.config["quantization_config"]
         method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        raise InputError(f"{source} is quantized already ({method}); start from the dense checkpoint")
+        if stored_arrangement(settings) is None or settings.get("sites"):
+            raise InputError(f"{source} is quantized already ({method}); start from the dense checkpoint")
     module = build_on_meta(checkpoint.architecture, checkpoint.config)
     plain = checkpoint.storage_dtype if dtype == "auto" else getattr(torch, dtype)
     return Network(checkpoint, module, find_sites(module), StoredNames(module, checkpoint), plain)

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
+
 from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.network.sites import find_sites
@@ -27,7 +29,7 @@ def reblocked(network: Network, order: Sequence[int]) -> Network:
     if not order:
         raise InputError(f"{network.name} would have no block left; keep at least one of {len(blocks)}")
     checkpoint = dataclasses.replace(
-        network.checkpoint, config=config_of(network.checkpoint.config, network, tuple(order))
+        network.checkpoint, config=config_of(network.checkpoint.config, network.module, len(blocks), tuple(order))
     )
     module = build_on_meta(network.architecture, checkpoint.config)
     tree = find_sites(module)
@@ -45,14 +47,14 @@ def reblocked(network: Network, order: Sequence[int]) -> Network:
     )
 
 
-def config_of(config: dict[str, Any], network: Network, order: tuple[int, ...]) -> dict[str, Any]:
-    """The config with this many blocks; lists with an entry a block follow their blocks."""
-    count = len(network.tree.blocks)
-    aliases = getattr(type(network.module.config), "attribute_map", {})
+def config_of(config: dict[str, Any], module: nn.Module, count: int, order: tuple[int, ...]) -> dict[str, Any]:
+    """The config of a module of ``count`` blocks with those of ``order``; lists with an entry a block follow them."""
+    aliases = getattr(type(module.config), "attribute_map", {})
     names = {"num_hidden_layers", aliases.get("num_hidden_layers")}
     if not any(config.get(name) == count for name in names if name):
         raise InputError(
-            f"config.json of {network.name} does not say that it has {count} blocks (num_hidden_layers); add it"
+            f"config.json of this {type(module).__name__} does not say that it has {count} blocks (num_hidden_layers); "
+            f"add it"
         )
     changed: dict[str, Any] = {}
     for key, value in config.items():

@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
+from layerwise.network.arranged_blocks import ArrangedBlocks
 from layerwise.network.experts import Expert, is_router
 from layerwise.network.skeleton import parameter_owners
 
@@ -115,7 +116,8 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
         inside = any(path.startswith(outer + ".") for _, outer, _ in lists)
         if not isinstance(child, nn.ModuleList) or len(child) == 0 or inside:
             continue
-        if len({type(member) for member in child}) == 1 and any(is_linear(m) for m in child.modules()):
+        members = child.stored_blocks() if isinstance(child, ArrangedBlocks) else list(child)
+        if len({type(member) for member in members}) == 1 and any(is_linear(m) for m in child.modules()):
             lists.append((sum(p.numel() for p in child.parameters()), path, child))
     if not lists:
         raise InputError(
@@ -127,8 +129,9 @@ def find_blocks(module: nn.Module) -> tuple[str, ...]:
             f"{type(module).__name__} has two stacks of blocks ({lists[0][1]} and {lists[1][1]}); "
             f"networks with an encoder and a decoder are not supported yet"
         )
-    _, path, members = lists[0]
-    return tuple(f"{path}.{i}" for i in range(len(members)))
+    _, path, found = lists[0]
+    count = found.arrangement.blocks if isinstance(found, ArrangedBlocks) else len(found)
+    return tuple(f"{path}.{i}" for i in range(count))
 
 
 def find_sites(module: nn.Module) -> SiteTree:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from layerwise.errors import InputError, nearest
+from layerwise.network.arranged_blocks import arrange_module
+from layerwise.network.artifact_config import stored_arrangement
 from layerwise.network.expert_names import stored_experts
 from layerwise.network.experts import open_experts
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
-    """The transformers class ``architecture`` with meta parameters and real buffers, in eval mode, experts opened."""
+    """The transformers class ``architecture`` with meta parameters and real buffers, in eval mode, experts opened.
+
+    Its blocks are arranged where the config says so.
+    """
     import transformers
 
     cls = getattr(transformers, architecture, None)
@@ -44,6 +49,9 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
         raise InputError(f"config.json does not describe a {architecture}: {first_sentence(reason)}") from None
     module.tie_weights()  # type: ignore[operator]
     open_experts(module)
+    arrangement = stored_arrangement(config.get("quantization_config"))
+    if arrangement is not None:
+        arrange_module(module, arrangement)
     return module.eval().requires_grad_(False)
 
 

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from layerwise.errors import InputError
+from layerwise.network.arranged_blocks import USES, ArrangedBlocks
 from layerwise.network.network import Network
 from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised, parameter_owners
@@ -122,24 +124,54 @@ class _RowsFromDisk(nn.Module):
 class Streamer:
     """One network's forward in pieces, with weights from ``weights``.
 
-    ``device`` is where blocks run. Everything is float32.
+    ``device`` is where blocks run. Everything is float32. ``steps``: of an arranged network the steps are run in the
+    place of blocks, as many as ``count``; who measures each block by itself cannot do with that, and is refused.
     """
 
-    def __init__(self, network: Network, weights: Weights | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self, network: Network, weights: Weights | None = None, device: str = "cpu", steps: bool = False
+    ) -> None:
+        if network.arrangement is not None and not steps:
+            raise InputError(
+                f"{network.name} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
+                f"calibrate and compress the network that it was made from, and arrange the artifact"
+            )
         self.network = network
+        self.members: nn.ModuleList = network.module.get_submodule(network.tree.blocks[0].rpartition(".")[0])  # type: ignore[assignment]
         self.weights: Weights = weights if weights is not None else network
         self.device = torch.device(device)
         self.tuple_length: int | None = None
 
     # ------------------------------------------------------------ blocks
 
+    @property
+    def count(self) -> int:
+        """How many blocks, or steps, a forward pass runs one after the other."""
+        return len(self.members)
+
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights in memory."""
+        """Block ``index`` with its weights in memory; of an arranged network, step ``index``."""
+        if isinstance(self.members, ArrangedBlocks):
+            with self._step(self.members, index) as step:
+                yield step
+            return
         path = self.network.tree.blocks[index]
         values = {k: v.to(self.device) for k, v in self.weights.read_part(path).items()}
         with materialised(self.network.module.get_submodule(path), values) as block:
             yield block
+
+    @contextlib.contextmanager
+    def _step(self, members: ArrangedBlocks, index: int) -> Iterator[Any]:
+        """A step with the weights of its blocks, and of all uses' extras, which are small, in memory."""
+        place = self.network.tree.blocks[0].rpartition(".")[0]
+        with contextlib.ExitStack() as stack:
+            extras = [(f"{place}.{USES}", members._modules[USES])] if members.arrangement.extras else []
+            blocks = [self.network.tree.blocks[i] for i in dict.fromkeys(members.arrangement.steps[index].blocks)]
+            for path, part in [*extras, *((b, self.network.module.get_submodule(b)) for b in blocks)]:
+                values = {n: self.weights.read(f"{path}.{n}").to(self.device) for n, _ in part.named_parameters()}
+                stack.enter_context(materialised(part, values))
+            yield members.steps[index]
 
     def run_block(self, block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
         """Output hidden state of a materialised block, ``[sequences, length, width]``."""
@@ -178,7 +210,7 @@ class Streamer:
             yield self._leave
 
     def _leave(self, batch: Batch, hidden: Tensor) -> Any:
-        last = len(self.network.tree.blocks) - 1
+        last = self.count - 1
 
         def stand_in(i: int, block: nn.Module) -> nn.Module:
             return _Player(block, hidden if i == last else None, self.tuple_length or 0)
@@ -226,16 +258,23 @@ class Streamer:
 
     @contextlib.contextmanager
     def _blocks_replaced(self, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:
-        paths = self.network.tree.blocks
-        members = self.network.module.get_submodule(paths[0].rpartition(".")[0])
+        members = self.members
+        if isinstance(members, ArrangedBlocks):
+            steps = members.steps
+            try:
+                members.steps = [stand_in(i, step) for i, step in enumerate(steps)]  # type: ignore[arg-type, misc]
+                yield
+            finally:
+                members.steps = steps
+            return
         originals = list(members.children())
         try:
             for i, block in enumerate(originals):
-                members[i] = stand_in(i, block)  # type: ignore[operator]
+                members[i] = stand_in(i, block)
             yield
         finally:
             for i, block in enumerate(originals):
-                members[i] = block  # type: ignore[operator]
+                members[i] = block
 
 
 @contextlib.contextmanager

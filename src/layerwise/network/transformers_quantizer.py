@@ -19,7 +19,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layerwise.errors import InputError
-from layerwise.network.artifact_config import METHOD, PLAIN_VERSION, StoredSite, parse_sites, sites_config
+from layerwise.network.arranged_blocks import arrange_module
+from layerwise.network.arrangement import Arrangement
+from layerwise.network.artifact_config import (
+    METHOD,
+    PLAIN_VERSION,
+    StoredSite,
+    parse_sites,
+    sites_config,
+    stored_arrangement,
+)
 from layerwise.network.expert_names import open_stored_experts, own_conversions
 from layerwise.network.packed import Packed, PackedConv, PackedEmbedding, PackedHead, PackedLinear
 from layerwise.network.safetensors_file import TensorInfo, read_header
@@ -33,17 +42,22 @@ class LayerwiseConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.format_version = values.get("format_version", PLAIN_VERSION)
         self.sites = copy.deepcopy(dict(sites or {}))
+        self.arrangement = copy.deepcopy(values.get("arrangement"))
         self.stored()
 
     def stored(self) -> dict[str, StoredSite]:
         return parse_sites(self.to_dict())
 
+    def arranged(self) -> Arrangement | None:
+        return stored_arrangement(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
-        return {
+        described = {
             "quant_method": METHOD,
             "format_version": self.format_version,
             "sites": copy.deepcopy(self.sites),
         }
+        return described if self.arrangement is None else {**described, "arrangement": copy.deepcopy(self.arrangement)}
 
 
 class LayerwiseQuantizer(HfQuantizer):
@@ -58,13 +72,16 @@ class LayerwiseQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise InputError("an artifact is loaded from its directory; a state dict alone does not describe its forms")
         tensors = {name: i for file in checkpoint_files for name, i in read_header(Path(file))[0].items()}
+        arrangement = self.quantization_config.arranged()
+        if arrangement is not None:
+            arrange_module(model, arrangement)
         self.opened, self.stored_names = open_stored_experts(model, tensors), list(tensors)
         ties = expanded_ties(model)
         layouts = stored_layouts(tensors), stored_layouts(tensors, "input")
         sites = pack_modules(model, self.quantization_config.stored(), *layouts)
         tie_packed_heads(model, ties)
         # Under the paths of this model, so that save_pretrained writes what from_pretrained will find.
-        self.quantization_config = LayerwiseConfig(**sites_config(sites))
+        self.quantization_config = LayerwiseConfig(**sites_config(sites, arrangement))
         self.packed = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Packed) for b in m.kept}
         prefix = getattr(model, "base_model_prefix", "") + "."
         packed = {name.removeprefix(prefix) for name in self.packed}

@@ -80,6 +80,7 @@ def command_of(technique: Registered) -> str | None:
         "tuner": f"layerwise compress MODEL OUT --budget 4bpw --tune {name}",
         "probe": f"layerwise probe MODEL {name}",
         "blueprint": f"layerwise train {name} OUT --text TEXT",
+        "network surgeon": f"layerwise reshape MODEL OUT --surgeon {name}",
         "generator": f"layerwise generate MODEL --prompt TEXT --method {name}",
         "allocator": f"layerwise compress MODEL OUT --budget 4bpw --allocator {name}",
     }.get(technique.role)

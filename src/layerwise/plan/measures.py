@@ -16,6 +16,7 @@ from layerwise.errors import InputError
 
 if TYPE_CHECKING:
     from layerwise.sensitivity.hessian import Hessian
+    from layerwise.sensitivity.spectrum import Spectrum
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,27 @@ class Measures(ABC):
         """Site -> recipe -> what a scorer (``hessian_norm:kind=trace``) makes of that candidate's change."""
 
     @abstractmethod
+    def energies(self) -> Mapping[str, Mapping[str, tuple[float, float]]]:
+        """Site -> recipe -> (squared length of the candidate's change, squared length of the matrix)."""
+
+    @abstractmethod
+    def slopes(self, draws: int, size: float) -> Mapping[str, float]:
+        """Site -> mean ``|L(W + size z) - L(W - size z)| / (2 size)`` over ``draws`` Gaussian ``z`` and sequences.
+
+        Of the linears that the loss depends on, perturbed one at a time; no derivative is taken.
+        """
+
+    @abstractmethod
     def influence(self) -> Mapping[str, float]:
         """Block -> ``1 - mean cos`` between what enters and what leaves it."""
 
     @abstractmethod
     def outliers(self) -> Mapping[str, float]:
         """Block -> share of its linears' weights that lie more than one standard deviation above their mean."""
+
+    @abstractmethod
+    def spectra(self) -> Mapping[str, Spectrum]:
+        """Site -> singular values of its weight; sites that the loss does not reach are absent."""
 
     @abstractmethod
     def rises(self, changes: Sequence[Mapping[str, str]]) -> list[float]:

@@ -86,11 +86,22 @@ Picture = HeatMap | Bars | Curves
 
 
 @dataclass(frozen=True)
+class Compared:
+    """A figure of the probe's own idea beside the same without it; smaller is better."""
+
+    setting: str
+    value: float
+    baseline: str
+    other: float
+    metric: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What a probe found in a network. Rows are in order of execution, one per site or block.
 
     summary: one sentence computed from the figures. caution: what the figures cannot say. data: what text was read,
-    seeds and settings.
+    seeds and settings. compared: what its evidence is, where it measures the network run in another way.
     """
 
     probe: str
@@ -103,6 +114,7 @@ class Measurement:
     caution: str
     pictures: tuple[Picture, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
+    compared: tuple[Compared, ...] = ()
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -121,6 +133,7 @@ class Measurement:
             "probe": self.probe, "title": self.title, "network": self.network, "class": self.architecture,
             "summary": self.summary, "caution": self.caution, "data": dict(self.data),
             "columns": [{"name": c.name, "unit": c.unit, "help": c.help} for c in self.columns],
+            **({"compared": [vars(c) for c in self.compared]} if self.compared else {}),
             "rows": [{"place": r.place, **dict(zip(names, r.values, strict=True))} for r in self.rows],
         }  # fmt: skip
 

@@ -5,7 +5,7 @@ encoder     uniform on all linears, against round to nearest on the same grid; w
             within the setting's bytes
 rewrite     the rewrite and then round to nearest, against round to nearest alone
 allocator   its plan in the bytes of a uniform setting, against that setting and against our own planner, all over
-            the same candidates
+            the same candidates; a rule with candidates of its own (sparsities) over those
 scorer      a plan of the least sum of its scores, in the place of our damage; held against the same
 surgeon     round to nearest planned together with the removal of blocks, against planned without, in the same bytes
 tuner       uniform round to nearest tuned, against the same untuned
@@ -45,6 +45,7 @@ from layerwise.tuning import tune
 FLOOR = "rtn"  # what every encoder is held against
 WIDTHS = (4, 3, 2)
 GROUP = 64
+SPARSITIES = (0.5, 0.6, 0.7)
 TABLES = "int8"
 STAGE = "bench"
 
@@ -210,7 +211,26 @@ def allocator_trials(ground: Ground, technique: str) -> list[Trial]:
     """The allocator's plan in a uniform setting's bytes, against that setting and against the product's planner."""
     allocator = parse_technique(technique)
     assert isinstance(allocator, Allocator)
-    return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto))
+    if over := getattr(allocator, "over", ()):  # recipes of its own, in the place of round to nearest
+        return sparsity_trials(ground, allocator, over)
+    return planning_trials(ground, str(allocator), allocator.allocate, isinstance(allocator, Pareto), allocator.menu)
+
+
+def sparsity_trials(ground: Ground, allocator: Allocator, over: Sequence[str]) -> list[Trial]:
+    """Its plan over its own recipes in the bytes of three of them, against these and against our own planner."""
+    recipes = [str(parse_recipe(recipe)) for recipe in over]
+    found = ground.search(recipes)
+    tree, trials = found.tree(), []
+    measures = NetworkMeasures(ground.calibration, found, STAGE, ground.watch)
+    for share in SPARSITIES:
+        at = next(r for r in recipes if getattr(parse_recipe(r).encoder, "sparsity", None) == share)
+        uniform = ground.uniform(found, at)
+        budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
+        within = f"over {parse_recipe(at).encoder.name} in the bytes of sparsity {share}"
+        mine = ground.planned(found, f"{allocator} {within}", allocator.allocate(tree, budget, measures))
+        ours = ground.planned(found, f"pareto {within}", Pareto().allocate(tree, budget))
+        trials += [Trial(mine, uniform), Trial(mine, ours)]
+    return trials
 
 
 def scorer_trials(ground: Ground, technique: str) -> list[Trial]:
@@ -224,20 +244,31 @@ def scorer_trials(ground: Ground, technique: str) -> list[Trial]:
 
 
 def planning_trials(
-    ground: Ground, name: str, allocate: Callable[[Node, int, Measures], Allocation], is_ours: bool
+    ground: Ground,
+    name: str,
+    allocate: Callable[[Node, int, Measures], Allocation],
+    is_ours: bool,
+    menu: Sequence[str] = (),
 ) -> list[Trial]:
-    linears = floor_menu()
+    """menu: the recipes that a rule chooses between where round to nearest is not what it is about; every
+    other one of them, used everywhere, is held against the rule's plan of as many bytes.
+    """
+    linears = tuple(menu) or floor_menu()
     found = ground.search(linears)
     tree, trials = found.tree(), []
     measures = NetworkMeasures(ground.calibration, found, STAGE, ground.watch)
-    for bits in WIDTHS:
-        widest = [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1]
-        uniform = ground.uniform(found, widest)
+    if menu:
+        settings = {recipe: f"in the bytes of {recipe}" for recipe in linears[2::2] if not is_dense(recipe)}
+    else:
+        widest = {bits: [r for r in linears if r.startswith(f"{FLOOR}:bits={bits},")][-1] for bits in WIDTHS}
+        settings = {recipe: f"over {FLOOR}, {bits} bits" for bits, recipe in widest.items()}
+    for recipe, within in settings.items():
+        uniform = ground.uniform(found, recipe)
         budget = max(uniform.bytes - ground.prepared.range.fixed, size_range(tree)[0])
-        mine = ground.planned(found, f"{name} over {FLOOR}, {bits} bits", allocate(tree, budget, measures))
+        mine = ground.planned(found, f"{name} {within}", allocate(tree, budget, measures))
         trials.append(Trial(mine, uniform))
         if not is_ours:
-            ours = ground.planned(found, f"pareto over {FLOOR}, {bits} bits", Pareto().allocate(tree, budget))
+            ours = ground.planned(found, f"pareto {within}", Pareto().allocate(tree, budget))
             trials.append(Trial(mine, ours))
     return trials
 

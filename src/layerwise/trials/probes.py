@@ -3,11 +3,12 @@
 linears  each rounded to nearest alone, 3 bits in groups of 64, all else dense; the loss's rise on steer tokens
 blocks   each taken out alone; the loss's rise on judge tokens
 
-The evidence is Spearman's rank correlation between the probe's first figure and the rise, over the places where the
-probe has a figure; written as ``1 - |correlation|``, so that smaller is better. The sign is dropped, as a probe does
-not say which way its figure counts; so it is for what it is held against: the number of weights of each place, and how
-far down the network it lies. Over few places large correlations come by chance: the spread over seeds is beside them,
-and a probe that reads weights alone has one number for all seeds.
+A probe that runs the network in ways of its own brings its evidence along: its loss beside the loss with its idea taken
+out (``Measurement.compared``). Of every other the evidence is Spearman's rank correlation between the probe's first
+figure and the rise, over the places where the probe has a figure; written as ``1 - |correlation|``, so that smaller is
+better. The sign is dropped, as a probe does not say which way its figure counts; so it is for what it is held against:
+the number of weights of each place, and how far down the network it lies. Over few places large correlations come by
+chance: the spread over seeds is beside them, and a probe that reads weights alone has one number for all seeds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.plan.menu import fitted
-from layerwise.probe.measurement import Measurement
+from layerwise.probe.measurement import Compared, Measurement
 from layerwise.recipe import parse_probe, parse_recipe
 from layerwise.removal import measure_on_steer, measure_removals
 from layerwise.trials.by_loss import FLOOR, GROUP, Figures, Ground, Side, Trial
@@ -33,6 +34,8 @@ def probe_trials(ground: Ground, technique: str) -> list[Trial]:
     network, seed = ground.network, ground.prepared.options.seed
     probe = parse_probe(technique, seed)
     measurement = probe.measure(network, ground.calibration)
+    if measurement.compared:
+        return [compared_trial(str(parse_probe(technique)), found, network) for found in measurement.compared]
     name, figures = first_figures(measurement)
     damages, change = damages_of(ground, figures)
     places = [place for place in damages if figures[place] is not None]
@@ -53,6 +56,16 @@ def probe_trials(ground: Ground, technique: str) -> list[Trial]:
         )
         for other, numbers in held.items()
     ]
+
+
+def compared_trial(probe: str, found: Compared, network: Network) -> Trial:
+    """What a probe that runs the network in other ways has measured with its idea and without."""
+    size = network.checkpoint.safetensors_bytes
+    return Trial(
+        Side(f"{probe}: {found.setting}", size, None),
+        Side(found.baseline, size, None),
+        Figures(found.metric, found.value, found.other),
+    )
 
 
 def first_figures(measurement: Measurement) -> tuple[str, dict[str, float | None]]:
