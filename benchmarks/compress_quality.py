@@ -36,7 +36,8 @@ from benchmarks.runs import add_run_options, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
 from layerwise.recipe import canonical, parse_recipe, surgery
-from layerwise.technique import Encoder, find, names
+from layerwise.roles import Encoder
+from layerwise.technique import find, names
 
 DROP = "drop_block"
 TOGETHER = "all families together"

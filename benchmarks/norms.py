@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from layerwise.network.norms import Basis, CompressedRmsNorm, RmsNorm
 from layerwise.recipe import parse_technique
-from layerwise.technique import NetworkRewrite
+from layerwise.roles import NetworkRewrite
 
 
 def main() -> int:

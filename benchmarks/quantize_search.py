@@ -38,9 +38,9 @@ from layerwise.recipe import parse_allocator, parse_recipe, surgery
 from layerwise.refit import encode, needs_refit
 from layerwise.removal import find_removals
 from layerwise.rewriting import Rewriter, chain_of, chains, encoder_of
+from layerwise.roles import Allocator
 from layerwise.sequential import propagate
 from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator
 
 STAGE = "quantize"
 TABLES = "rtn:bits=8,group=0"  # the identical tables of the comparison of linears alone

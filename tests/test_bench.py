@@ -14,7 +14,7 @@ from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.probe.measurement import Column, Measurement
 from layerwise.probe.measurement import Row as Measured
-from layerwise.technique import Allocator
+from layerwise.roles import Allocator
 from layerwise.trials import probes as probe_trials
 from layerwise.trials.by_loss import settings_of
 

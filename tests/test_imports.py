@@ -19,23 +19,24 @@ EVERYTHING = frozenset({"*"})
 ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "technique": frozenset(),
-    "recipe": frozenset({"technique"}),
+    "roles": frozenset({"technique"}),
+    "recipe": frozenset({"technique", "roles"}),
     "kernels": frozenset(),
     "engine": frozenset(),
     "network": frozenset(),
     "loss": frozenset({"network"}),
     "calibrate": frozenset({"network", "loss"}),
     "encoding": frozenset({"kernels"}),
-    "sensitivity": frozenset({"technique", "calibrate"}),
-    "plan": frozenset({"technique", "recipe", "sensitivity", "encoding"}),
-    **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "network", "calibrate", "loss", "encoding"})),
-    "generate": frozenset({"technique", "network", "kernels"}),
-    "probe": frozenset({"technique", "network", "calibrate"}),
-    "blueprints": frozenset({"technique", "network", "encoding"}),
+    "sensitivity": frozenset({"technique", "roles", "calibrate"}),
+    "plan": frozenset({"technique", "roles", "recipe", "sensitivity", "encoding"}),
+    **dict.fromkeys(TECHNIQUE_FOLDERS, frozenset({"technique", "roles", "network", "calibrate", "loss", "encoding"})),
+    "generate": frozenset({"technique", "roles", "network", "kernels"}),
+    "probe": frozenset({"technique", "roles", "network", "calibrate"}),
+    "blueprints": frozenset({"technique", "roles", "network", "encoding"}),
     "evaluate": frozenset({"network", "encoding", "plan"}),
     "report": frozenset({"network", "encoding", "plan"}),
     "export": frozenset({"network", "encoding", "plan"}),
-    "papers": frozenset({"technique"}),
+    "papers": frozenset({"technique", "roles"}),
     "evidence": frozenset(),
     "compress": EVERYTHING,
     "acts": EVERYTHING,
@@ -156,12 +157,12 @@ def test_folders_import_only_what_the_table_allows() -> None:
     broken = set()
     for found in INSIDE:
         allowed = may_import(found.owner)
-        # A type has no cost and makes no cycle when it is only named; the registry names many.
-        if found.types_only and found.owner == "technique":
+        # A type has no cost and makes no cycle when it is only named; roles name many.
+        if found.types_only and found.owner == "roles":
             continue
         if found.area in {"errors", found.owner} or allowed == EVERYTHING or found.area in allowed:
             continue
-        if found.target in VALUES and found.owner != "technique":
+        if found.target in VALUES and found.owner not in ("technique", "roles"):
             continue
         broken.add(str(found))
     assert not broken, "\n".join(sorted(broken))
@@ -181,7 +182,7 @@ def test_only_the_composition_knows_the_composition() -> None:
 
 def test_folders_do_not_know_the_acts() -> None:
     """What lies in a folder is called by the acts' own files and never calls them back."""
-    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "recipe", "loss", "__init__"}
+    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "roles", "recipe", "loss", "__init__"}
     folders = {p.relative_to(PACKAGE).parts[0] for p in sources() if p.parent != PACKAGE} - {"cli", "trials"}
     # Acts and folders may share a name (plan, calibrate); a folder that imports itself is no act.
     broken = [str(f) for f in INSIDE if f.owner in folders and f.area in acts and f.area != f.owner]

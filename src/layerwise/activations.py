@@ -24,7 +24,7 @@ from layerwise.network.streaming import Batch
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.file import read_plan
 from layerwise.recipe import parse_activations
-from layerwise.technique import ActivationQuantizer
+from layerwise.roles import ActivationQuantizer
 
 
 def quantizer_of(asked: str | None, plan: str | None, network: Network) -> ActivationQuantizer | None:

@@ -58,7 +58,8 @@ from layerwise.prepare import Options, check_device, check_tokens, longest, open
 from layerwise.probe.measurement import Measurement
 from layerwise.recipe import parse_probe
 from layerwise.removal import find_removals
-from layerwise.technique import BLOCK_INPUTS, Probe
+from layerwise.roles import Probe
+from layerwise.technique import BLOCK_INPUTS
 from layerwise.wanted import wanted_by
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from layerwise.plan.candidates import layout_of
 from layerwise.plan.file import PlanBudget, PlanFile, PlanNetwork, Predicted, make_plan, write_plan
 from layerwise.plan.tree import Allocation, Node
 from layerwise.prepare import Prepared
-from layerwise.technique import ActivationQuantizer
+from layerwise.roles import ActivationQuantizer
 from layerwise.wanted import predicts
 
 UNPREDICTED = "not predicted, since encoding it needed no gradients"  # in place of the damage's unit

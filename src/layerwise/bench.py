@@ -25,16 +25,8 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.technique import (
-    ActivationQuantizer,
-    Blueprint,
-    Generator,
-    NetworkRewrite,
-    NetworkSurgeon,
-    Probe,
-    Technique,
-    find,
-)
+from layerwise.roles import ActivationQuantizer, Blueprint, Generator, NetworkRewrite, NetworkSurgeon, Probe
+from layerwise.technique import Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
 from layerwise.trials.by_loss import ROLES as BY_LOSS

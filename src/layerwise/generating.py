@@ -21,7 +21,7 @@ from layerwise.generate.wanted import Generation, Wanted, check_prompts, silent
 from layerwise.network.artifact import open_artifact
 from layerwise.network.load import load
 from layerwise.recipe import parse_generator
-from layerwise.technique import Generator
+from layerwise.roles import Generator
 
 USUAL_TOKENS = 128
 LONGEST_LETTER = 4  # tokens, where each is a byte

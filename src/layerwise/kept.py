@@ -28,7 +28,7 @@ from layerwise.plan.menu import fitted
 from layerwise.plan.tree import Candidate, Choice, Leaf, Node, Sum
 from layerwise.recipe import parse_technique, surgery
 from layerwise.rewriting import AS_IS, chain_of, kept_values, suffix_of
-from layerwise.technique import BlockMeasure
+from layerwise.roles import BlockMeasure
 
 
 @dataclass(frozen=True, slots=True)

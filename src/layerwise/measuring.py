@@ -30,10 +30,11 @@ from layerwise.plan.measures import Measures, Place
 from layerwise.recipe import parse_technique, surgery
 from layerwise.removal import block_influence, changed_on_steer
 from layerwise.rewriting import AS_IS, Rewriter, chain_of, kept_values
+from layerwise.roles import Scorer
 from layerwise.sensitivity.hessian import Hessian, hessian_of
 from layerwise.sensitivity.spectrum import Spectrum, spectrum_of
 from layerwise.slopes import measure_slopes
-from layerwise.technique import SECOND_MOMENT, Scorer
+from layerwise.technique import SECOND_MOMENT
 
 RUNS_AT_ONCE = 32  # journaled together
 

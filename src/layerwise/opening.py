@@ -7,7 +7,8 @@ from pathlib import Path
 from layerwise.errors import InputError
 from layerwise.network.network import Network, open_network
 from layerwise.recipe import parse_technique
-from layerwise.technique import NetworkRewrite, names
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import names
 
 
 def open_rewritten(source: str | Path, dtype: str = "auto", rewrite: str | None = None) -> Network:

@@ -33,7 +33,7 @@ from layerwise.plan.file import read_plan
 from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
 from layerwise.plan.tree import Leaf, Sum
 from layerwise.recipe import parse_activations, parse_allocator, parse_recipe, parse_technique, parse_tuner
-from layerwise.technique import ActivationQuantizer, BlockMeasure
+from layerwise.roles import ActivationQuantizer, BlockMeasure
 
 METADATA = {"format": "pt"}
 

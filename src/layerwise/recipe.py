@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from layerwise.errors import InputError, nearest
-from layerwise.technique import (
+from layerwise.roles import (
     ActivationQuantizer,
     Allocator,
     Blueprint,
@@ -21,12 +21,9 @@ from layerwise.technique import (
     Probe,
     Rewrite,
     Surgeon,
-    Technique,
     Tuner,
-    find,
-    names,
-    technique_files,
 )
+from layerwise.technique import Technique, find, names, technique_files
 
 Role = TypeVar("Role", bound=Technique)
 

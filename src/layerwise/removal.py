@@ -26,7 +26,7 @@ from layerwise.network.network import output_width
 from layerwise.network.overlay import Fetch
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 from layerwise.rewriting import AS_IS
-from layerwise.technique import BlockMeasure
+from layerwise.roles import BlockMeasure
 
 TOKENS = 4096  # that blocks are measured on
 SCALE_SITES = 10

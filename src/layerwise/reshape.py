@@ -33,7 +33,7 @@ from layerwise.prepare import Options
 from layerwise.recipe import parse_surgeon
 from layerwise.record import row
 from layerwise.removal import measure_removals
-from layerwise.technique import BlockMeasure, NetworkSurgeon, Surgeon
+from layerwise.roles import BlockMeasure, NetworkSurgeon, Surgeon
 
 RESHAPED = "reshaped.json"  # what was done and measured, beside the weights
 ROUNDS = 3  # in which both networks are timed in turn

@@ -25,7 +25,7 @@ from layerwise.network.folds import TOLERANCE, BlockScope, Fold, find_folds
 from layerwise.network.rotary_pairs import RotaryPairs, find_rotary_pairs
 from layerwise.network.streaming import Streamer
 from layerwise.recipe import parse_recipe, surgery
-from layerwise.technique import Rewrite
+from layerwise.roles import Rewrite
 
 AS_IS = "as is"
 PROBED_SEQUENCES = 2  # that folds are tried on

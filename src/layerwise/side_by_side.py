@@ -35,8 +35,8 @@ from layerwise.prepare import Options, Prepared, check_budget, reachable
 from layerwise.recipe import parse_allocator, surgery
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
+from layerwise.roles import Allocator
 from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator
 
 STAGE = "side by side"
 TOGETHER = "all together"

@@ -27,7 +27,7 @@ from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.network.artifact import check_free, staged
 from layerwise.recipe import parse_blueprint
-from layerwise.technique import Blueprint
+from layerwise.roles import Blueprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -21,7 +21,7 @@ from layerwise.network.safetensors_file import write
 from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch
 from layerwise.rewriting import kept_values
-from layerwise.technique import Tuner
+from layerwise.roles import Tuner
 from layerwise.tune.scope import Tuned
 
 

@@ -27,7 +27,7 @@ from layerwise.kept import Candidates
 from layerwise.network.overlay import Overlay
 from layerwise.network.streaming import Batch, Streamer
 from layerwise.network_tuning import UNIT, tune_network
-from layerwise.technique import Tuner
+from layerwise.roles import Tuner
 from layerwise.tune.block import TunedBlock
 from layerwise.tune.scope import Tuned
 from layerwise.tuned_forms import TunedForms, parts_of

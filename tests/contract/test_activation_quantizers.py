@@ -10,7 +10,8 @@ from layerwise.calibrate.input_ranges import InputRanges
 from layerwise.encoding.inputs import InputGrid, Quantized, input_layout, restore_inputs
 from layerwise.errors import InputError
 from layerwise.recipe import parse_activations
-from layerwise.technique import ActivationQuantizer, find, names
+from layerwise.roles import ActivationQuantizer
+from layerwise.technique import find, names
 
 COLUMNS = 24
 NAMES = names(ActivationQuantizer)

@@ -12,7 +12,8 @@ from tests.plan.trees import block_tree, every_plan, network_tree, plan_count, r
 
 from layerwise.errors import InputError
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum, leaves, reached
-from layerwise.technique import Allocator, find, names
+from layerwise.roles import Allocator
+from layerwise.technique import find, names
 
 pytestmark = pytest.mark.parametrize("name", names(Allocator))
 

@@ -16,7 +16,8 @@ from layerwise.engine.progress import Stopwatch
 from layerwise.network.load import load
 from layerwise.network.network import open_network
 from layerwise.recipe import parse_blueprint
-from layerwise.technique import Blueprint, find, names
+from layerwise.roles import Blueprint
+from layerwise.technique import find, names
 from layerwise.training import Pace, Trained, fit, loss_of
 
 BLUEPRINTS = names(Blueprint)

@@ -14,7 +14,8 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.encoding.encoded import Encoded, layout_bytes
 from layerwise.encoding.forms import restore_form
-from layerwise.technique import Encoder, find, names
+from layerwise.roles import Encoder
+from layerwise.technique import find, names
 
 ENCODERS = names(Encoder)
 SHAPES = [(1, 1), (5, 1), (1, 9), (7, 13), (6, 172), (70, 66)]

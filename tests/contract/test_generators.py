@@ -10,7 +10,8 @@ from layerwise.generate.choice import Choice
 from layerwise.generate.session import Session
 from layerwise.generate.wanted import Wanted, silent
 from layerwise.recipe import parse_generator
-from layerwise.technique import Generator, find, names
+from layerwise.roles import Generator
+from layerwise.technique import find, names
 
 KINDS = ("llama", "gpt2")
 SETTINGS = [

@@ -19,7 +19,8 @@ from layerwise.errors import InputError
 from layerwise.network.network import Network, open_network
 from layerwise.network.streaming import Batch, Streamer
 from layerwise.recipe import parse_technique
-from layerwise.technique import NetworkRewrite, find, names
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import find, names
 
 REWRITES = names(NetworkRewrite)
 MODULES = {"gpt2": gpt2, "vit": vit_classifier, "neox": neox}

@@ -19,7 +19,8 @@ from layerwise.network.load import load
 from layerwise.network.network import open_network
 from layerwise.network.skeleton import materialised
 from layerwise.recipe import parse_surgeon
-from layerwise.technique import NetworkSurgeon, find, names
+from layerwise.roles import NetworkSurgeon
+from layerwise.technique import find, names
 
 SETTINGS = [f"{name}:{setting}" for name in names(NetworkSurgeon) for setting in find(name).menu]
 TEXT = Path(__file__).resolve().parents[2] / "src" / "layerwise" / "calibrate" / "default.txt"

@@ -17,7 +17,8 @@ from layerwise.calibrate.passes import Calibration
 from layerwise.network.network import Network
 from layerwise.probe.measurement import Measurement
 from layerwise.report.probe_page import render_probe
-from layerwise.technique import BLOCK_INPUTS, Probe, find, names
+from layerwise.roles import Probe
+from layerwise.technique import BLOCK_INPUTS, find, names
 
 PROBES = names(Probe)
 NETWORKS = ("tiny_llama", "tiny_gpt2", "tiny_bert")

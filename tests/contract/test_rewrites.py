@@ -16,7 +16,8 @@ from layerwise.network.folds import BlockScope, find_folds
 from layerwise.network.rotary_pairs import find_rotary_pairs
 from layerwise.network.sites import find_sites
 from layerwise.network.skeleton import materialised
-from layerwise.technique import Rewrite, find, names
+from layerwise.roles import Rewrite
+from layerwise.technique import find, names
 
 REWRITES = names(Rewrite)
 FOLDING = ("tiny_llama", "tiny_qwen2", "tiny_mistral", "tiny_gpt2")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from layerwise.calibrate.statistics import SiteStatistics, Use
-from layerwise.technique import Scorer, find, names
+from layerwise.roles import Scorer
+from layerwise.technique import find, names
 
 pytestmark = pytest.mark.parametrize("name", names(Scorer))
 

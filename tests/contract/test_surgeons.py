@@ -10,7 +10,8 @@ import torch
 from layerwise.network.network import Network, open_network
 from layerwise.network.reblocked import reblocked
 from layerwise.network.skeleton import materialised
-from layerwise.technique import BlockMeasure, Surgeon, find, names
+from layerwise.roles import BlockMeasure, Surgeon
+from layerwise.technique import find, names
 
 SURGEONS = names(Surgeon)
 MEASURES = tuple(BlockMeasure(damage, influence) for damage, influence in ((0.4, 0.3), (0.1, 0.5), (0.2, 0.1)))

@@ -16,7 +16,8 @@ from layerwise.encoding.dense import Dense
 from layerwise.engine.progress import Stopwatch
 from layerwise.kept import Candidates
 from layerwise.recipe import parse_tuner
-from layerwise.technique import Tuner, find, names
+from layerwise.roles import Tuner
+from layerwise.technique import find, names
 from layerwise.tuning import tune
 
 NETWORKS = ("tiny_llama", "tiny_gpt2", "tiny_bert")

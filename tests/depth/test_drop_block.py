@@ -17,7 +17,7 @@ from layerwise.network.reblocked import reblocked
 from layerwise.network.skeleton import materialised
 from layerwise.recipe import canonical, surgery
 from layerwise.removal import measure_removals
-from layerwise.technique import BlockMeasure
+from layerwise.roles import BlockMeasure
 
 MEASURES = tuple(BlockMeasure(d, i) for d, i in ((0.4, 0.1), (0.1, 0.3), (0.2, 0.2)))
 

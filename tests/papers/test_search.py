@@ -93,7 +93,7 @@ def test_neighbours_are_near_in_subject() -> None:
 
 
 def test_without_a_network_a_search_says_so_and_goes_on(alone: Path) -> None:
-    answer = ask("early exit")
+    answer = ask("exits before the last layer")
     assert answer.note == TEXT_ONLY and len(answer.entries) == 10 and not answer.one
 
 
@@ -129,8 +129,8 @@ def test_a_network_of_another_kind_is_refused_or_left_out(alone: Path, monkeypat
     place.mkdir(parents=True)
     (place / "model.safetensors").touch()
     with pytest.raises(InputError, match="give an all-MiniLM-L6-v2"):
-        ask("early exit", network=str(place))
-    answer = ask("early exit")
+        ask("exits before the last layer", network=str(place))
+    answer = ask("exits before the last layer")
     assert answer.note.startswith("searched by full text alone") and answer.entries
 
 

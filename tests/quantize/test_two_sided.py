@@ -16,7 +16,7 @@ from layerwise.encoding.grid import Grid, fit_grid, group_of, points
 from layerwise.quantize._rounding import factor, revised, round_with_feedback
 from layerwise.quantize._steps import refit_steps
 from layerwise.recipe import parse_technique
-from layerwise.technique import Encoder
+from layerwise.roles import Encoder
 
 
 def entry_by_entry(weight: Tensor, fitted: Any, lower_columns: Tensor, lower_rows: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.recipe import parse_technique
+from layerwise.roles import Scorer
 from layerwise.sensitivity import hessian as module
 from layerwise.sensitivity.hessian import hessian_of, mean_eigenvalue, top_eigenvalue
 from layerwise.sensitivity.kronecker import damage
-from layerwise.technique import Scorer
 
 ROWS, COLUMNS = 5, 7
 

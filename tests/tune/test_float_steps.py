@@ -7,7 +7,8 @@ from tests.tune.forms import COLUMNS, ROWS, normal, rounded
 
 from layerwise.encoding.grid import Grid
 from layerwise.recipe import parse_tuner
-from layerwise.technique import Tuner, names
+from layerwise.roles import Tuner
+from layerwise.technique import names
 
 
 @pytest.mark.parametrize("name", names(Tuner))

@@ -41,7 +41,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from layerwise.technique import Blueprint, option, technique
+from layerwise.roles import Blueprint
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch.nn import Module

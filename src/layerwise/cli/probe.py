@@ -79,7 +79,8 @@ def probe(
 
 
 def _list(json: bool) -> None:
-    from layerwise.technique import BLOCK_INPUTS, Probe, find, names
+    from layerwise.roles import Probe
+    from layerwise.technique import BLOCK_INPUTS, find, names
 
     known = [find(n) for n in names(Probe)]
     rows = [

@@ -25,7 +25,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from layerwise.errors import InputError
-from layerwise.technique import NetworkSurgeon, option, technique
+from layerwise.roles import NetworkSurgeon
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from layerwise.calibrate.passes import Calibration

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from layerwise.technique import BlockMeasure, Surgeon, option, technique
+from layerwise.roles import BlockMeasure, Surgeon
+from layerwise.technique import option, technique
 
 
 @technique(paper="SHORTGPT")

@@ -27,7 +27,8 @@ import dataclasses
 from typing import TYPE_CHECKING, ClassVar, cast
 
 from layerwise.errors import InputError
-from layerwise.technique import NetworkSurgeon, option, technique
+from layerwise.roles import NetworkSurgeon
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import ABSOLUTE_MEAN, Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import ABSOLUTE_MEAN, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import SECOND_MOMENT, Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import SECOND_MOMENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

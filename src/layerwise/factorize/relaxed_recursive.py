@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import NetworkSurgeon, option, technique
+from layerwise.roles import NetworkSurgeon
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from layerwise.calibrate.passes import Calibration

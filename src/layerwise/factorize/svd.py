@@ -19,7 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

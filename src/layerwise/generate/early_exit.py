@@ -19,7 +19,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Generator, option, technique
+from layerwise.roles import Generator
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

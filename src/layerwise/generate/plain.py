@@ -12,7 +12,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Generator, technique
+from layerwise.roles import Generator
+from layerwise.technique import technique
 
 if TYPE_CHECKING:
     from layerwise.generate.network import CausalNetwork

@@ -26,7 +26,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Generator, option, technique
+from layerwise.roles import Generator
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from layerwise.generate.network import CausalNetwork

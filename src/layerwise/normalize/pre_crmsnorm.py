@@ -36,7 +36,8 @@ from layerwise.network.network import Network
 from layerwise.network.norms import Basis, CompressedRmsNorm, WriteOutput, untie
 from layerwise.network.residual import Stream, centre, example_inputs, find_stream, numbers, seen_in
 from layerwise.network.sites import is_linear, is_transposed
-from layerwise.technique import NetworkRewrite, option, technique
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import option, technique
 
 SAME = 1e-3  # of the output, in float32
 OUTPUT_SIZES = ("out_features", "nf", "embedding_dim", "out_channels")

@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from layerwise.network.network import Change, Network
 from layerwise.network.norms import RECORD, RmsNorm, record_of, swap_norms, untie
 from layerwise.network.residual import Stream, centre, find_stream
-from layerwise.technique import NetworkRewrite, option, technique
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import option, technique
 
 
 @technique(paper="Pre-CRMSNorm")

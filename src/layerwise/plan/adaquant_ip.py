@@ -24,7 +24,8 @@ from layerwise.plan.constraints import is_dense
 from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Scores, in_place, least_sum, sum_of
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.technique import MEASURED_RISES, Allocator, technique
+from layerwise.roles import Allocator
+from layerwise.technique import MEASURED_RISES, technique
 
 LEAST = 1e-6  # of a rise; what is measured below it, or below zero, is noise
 

@@ -27,7 +27,8 @@ from layerwise.errors import InputError
 from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Level, differing, ordered_plan, read_levels
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import INPUT_SQUARES, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import INPUT_SQUARES, option, technique
 
 
 @technique(paper="APTQ", needs={INPUT_SQUARES})

@@ -34,7 +34,8 @@ from layerwise.plan.order import least_sum, refuse_below, settled, smallest_of, 
 from layerwise.plan.relaxation import relax
 from layerwise.plan.sparsities import over
 from layerwise.plan.tree import Allocation, Leaf, Node, Sum, leaves
-from layerwise.technique import Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import option, technique
 
 ATTENTION = re.compile(r"(^|[._])(self_?)?(attn|attention)([._]|$)", re.IGNORECASE)
 QUERIES = re.compile(r"^(q|k|v|qkv|query|key|value|query_key_value|c_attn|wqkv|in_proj)(_proj|_lin)?$", re.IGNORECASE)

@@ -33,7 +33,8 @@ from layerwise.plan.order import Level, refuse_below, settled, smallest_of
 from layerwise.plan.relaxation import relax
 from layerwise.plan.sparsities import over
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Node, leaves
-from layerwise.technique import MEASURED_RISES, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import MEASURED_RISES, option, technique
 
 OUTSIDE = ""
 NONE = 1e-12  # a score below this share of the largest is none

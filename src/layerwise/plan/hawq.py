@@ -22,7 +22,8 @@ from __future__ import annotations
 from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Level, differing, least_sum, ordered_plan, read_levels, sum_of
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import GRADIENT_MOMENT, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import GRADIENT_MOMENT, option, technique
 
 
 @technique(

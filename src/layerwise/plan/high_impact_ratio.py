@@ -30,7 +30,8 @@ from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Level, differing, level_of, refuse_below, settled
 from layerwise.plan.relaxation import relax
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import MEASURED_RISES, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import MEASURED_RISES, option, technique
 
 Floats = NDArray[np.float64]
 RUNGS = 16

@@ -32,7 +32,8 @@ from itertools import combinations
 from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Level, differing, ordered_plan, read_levels, score_of
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import GRADIENT_MOMENT, MEASURED_RISES, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import GRADIENT_MOMENT, MEASURED_RISES, option, technique
 
 SCORER = "hessian_norm:kind=trace"
 

@@ -30,7 +30,8 @@ from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import least_sum, sum_of
 from layerwise.plan.sparsities import over
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import option, technique
 
 
 @technique(paper="MAGNITUDE")

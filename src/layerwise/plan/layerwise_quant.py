@@ -23,7 +23,8 @@ from layerwise.errors import InputError
 from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import Level, differing, ordered_plan, read_levels
 from layerwise.plan.tree import Allocation, Node
-from layerwise.technique import BLOCK_INPUTS, Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import BLOCK_INPUTS, option, technique
 
 
 @technique(paper="LayerwiseQuant", needs={BLOCK_INPUTS})

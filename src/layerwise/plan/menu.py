@@ -13,7 +13,8 @@ from functools import cache
 
 from layerwise.errors import InputError
 from layerwise.recipe import Recipe, canonical, parse_recipe, parse_technique, surgery
-from layerwise.technique import Encoder, Rewrite, find
+from layerwise.roles import Encoder, Rewrite
+from layerwise.technique import find
 
 # (bits, group) of a linear, and of a table, which is larger and slower to encode
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))

@@ -25,7 +25,8 @@ from layerwise.plan.measures import Measures
 from layerwise.plan.partial import Fixed, Front, Limits, Pick, best_pair, either, merged, trace
 from layerwise.plan.relaxation import ChoiceIndex, Floats, Index, Ints, LeafIndex, Relaxation, SumIndex, relax
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.technique import Allocator, option, technique
+from layerwise.roles import Allocator
+from layerwise.technique import option, technique
 
 GAP = 1e-4  # largest relative distance from the optimum that is ever accepted
 UNIT_BITS = 60  # the best known damage is about 2^60 units

@@ -32,8 +32,9 @@ from layerwise.plan.measures import Measures, asked
 from layerwise.plan.order import refuse_below, settled
 from layerwise.plan.relaxation import relax
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Node, leaves
+from layerwise.roles import Allocator
 from layerwise.sensitivity.spectrum import Spectrum, dropped
-from layerwise.technique import Allocator, option, technique
+from layerwise.technique import option, technique
 
 Measured = Mapping[str, tuple[Spectrum, tuple[float, ...]]]  # site -> spectrum, and what the threshold is put to
 

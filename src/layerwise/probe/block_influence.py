@@ -23,7 +23,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import BLOCK_INPUTS, Probe, technique
+from layerwise.roles import Probe
+from layerwise.technique import BLOCK_INPUTS, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

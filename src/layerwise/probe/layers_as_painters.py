@@ -24,7 +24,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.probe._paths import Paths
-from layerwise.technique import BLOCK_INPUTS, Probe, option, technique
+from layerwise.roles import Probe
+from layerwise.technique import BLOCK_INPUTS, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Probe, option, technique
+from layerwise.roles import Probe
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

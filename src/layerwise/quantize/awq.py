@@ -17,7 +17,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import ABSOLUTE_MEAN, SECOND_MOMENT, Rewrite, option, technique
+from layerwise.roles import Rewrite
+from layerwise.technique import ABSOLUTE_MEAN, SECOND_MOMENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -28,7 +28,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import ActivationQuantizer, option, technique
+from layerwise.roles import ActivationQuantizer
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

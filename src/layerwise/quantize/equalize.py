@@ -21,7 +21,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import Rewrite, technique
+from layerwise.roles import Rewrite
+from layerwise.technique import technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -30,7 +30,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import SECOND_MOMENT, Rewrite, option, technique
+from layerwise.roles import Rewrite
+from layerwise.technique import SECOND_MOMENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,8 @@ from layerwise.network.basis import BasisStream, changes_of
 from layerwise.network.basis_search import find_basis_stream
 from layerwise.network.network import Change, Network
 from layerwise.network.norms import untie
-from layerwise.technique import NetworkRewrite, option, technique
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import option, technique
 
 
 @technique(paper="QuaRot")

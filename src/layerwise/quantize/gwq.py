@@ -28,7 +28,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import INPUT_SQUARES, WEIGHT_GRADIENT, Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import INPUT_SQUARES, WEIGHT_GRADIENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,7 +40,8 @@ from layerwise.network.network import Change, Network
 from layerwise.network.norms import RECORD, untie
 from layerwise.network.orthogonal import mixing
 from layerwise.network.residual import centre
-from layerwise.technique import NetworkRewrite, option, technique
+from layerwise.roles import NetworkRewrite
+from layerwise.technique import option, technique
 
 MARK = "layerwise_rotation"  # attribute of a converted module
 

@@ -25,7 +25,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import GRADIENT_MOMENT, Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import GRADIENT_MOMENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -32,7 +32,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from layerwise.technique import SECOND_MOMENT, TOKEN_IMPORTANCE, Encoder, option, technique
+from layerwise.roles import Encoder
+from layerwise.technique import SECOND_MOMENT, TOKEN_IMPORTANCE, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

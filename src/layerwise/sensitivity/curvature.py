@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import GRADIENT_MOMENT, Scorer, technique
+from layerwise.roles import Scorer
+from layerwise.technique import GRADIENT_MOMENT, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

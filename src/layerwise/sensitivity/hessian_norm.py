@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import GRADIENT_MOMENT, Scorer, option, technique
+from layerwise.roles import Scorer
+from layerwise.technique import GRADIENT_MOMENT, option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import SECOND_MOMENT, Scorer, technique
+from layerwise.roles import Scorer
+from layerwise.technique import SECOND_MOMENT, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

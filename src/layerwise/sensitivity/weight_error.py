@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Scorer, technique
+from layerwise.roles import Scorer
+from layerwise.technique import technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from layerwise.activations import input_grids
 from layerwise.apply import predicted_bytes
 from layerwise.kept import Rebuilt, rebuilt
 from layerwise.recipe import parse_activations
-from layerwise.technique import ActivationQuantizer
+from layerwise.roles import ActivationQuantizer
 from layerwise.trials.by_loss import GROUP, Ground, Side, Trial, chosen_of
 
 WEIGHTS = (f"rtn:bits=8,group={GROUP}", f"two_sided:bits=4,group={GROUP}")

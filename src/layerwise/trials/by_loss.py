@@ -38,8 +38,9 @@ from layerwise.recipe import canonical, parse_recipe, parse_technique, parse_tun
 from layerwise.refit import refit, refit_by_pass
 from layerwise.removal import find_removals
 from layerwise.rewriting import encoder_of
+from layerwise.roles import Allocator
 from layerwise.shortlist import shortlist
-from layerwise.technique import Allocator, find
+from layerwise.technique import find
 from layerwise.tuning import tune
 
 FLOOR = "rtn"  # what every encoder is held against

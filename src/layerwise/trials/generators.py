@@ -28,7 +28,7 @@ from layerwise.generate.speculation import Proposal, speculate
 from layerwise.generate.wanted import Wanted, Work, silent
 from layerwise.generating import open_speaker
 from layerwise.recipe import parse_generator
-from layerwise.technique import Generator
+from layerwise.roles import Generator
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 
 PROMPTS = 12

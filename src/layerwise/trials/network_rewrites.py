@@ -34,7 +34,7 @@ from layerwise.network.streaming import Batch
 from layerwise.plan.candidates import layout_of
 from layerwise.plan.menu import fitted, uniform_recipes
 from layerwise.recipe import parse_recipe, parse_technique
-from layerwise.technique import NetworkRewrite
+from layerwise.roles import NetworkRewrite
 from layerwise.trials.by_loss import FLOOR, GROUP, TABLES, WIDTHS, Figures, Ground, Side, Trial
 
 EXACTNESS = "largest difference of the outputs"

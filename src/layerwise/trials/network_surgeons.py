@@ -21,7 +21,7 @@ from layerwise.network.overlay import Overlay
 from layerwise.network.reblocked import reblocked
 from layerwise.recipe import parse_surgeon
 from layerwise.removal import measure_removals
-from layerwise.technique import NetworkSurgeon, Surgeon
+from layerwise.roles import NetworkSurgeon, Surgeon
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial, floor_menu, planned_floor
 
 

@@ -14,7 +14,7 @@ from layerwise.tune._rounding import draws
 from layerwise.tune.scope import Tuned, TunedScope
 
 if TYPE_CHECKING:
-    from layerwise.technique import Tuner
+    from layerwise.roles import Tuner
 
 LOOKS = 10  # times that the error over all parts is taken
 

@@ -51,7 +51,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from layerwise.errors import InputError
-from layerwise.technique import Tuner, option, technique
+from layerwise.roles import Tuner
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -48,7 +48,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Tuner, option, technique
+from layerwise.roles import Tuner
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from layerwise.encoding.encoded import Encoded

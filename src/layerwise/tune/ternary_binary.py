@@ -31,7 +31,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from layerwise.technique import Tuner, option, technique
+from layerwise.roles import Tuner
+from layerwise.technique import option, technique
 
 if TYPE_CHECKING:
     from layerwise.encoding.encoded import Encoded
