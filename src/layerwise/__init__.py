@@ -33,6 +33,7 @@ ACTS = {
     "evaluate": ("layerwise.acts", "evaluate"),
     "save": ("layerwise.acts", "save"),
     "compress": ("layerwise.acts", "compress"),
+    "generate": ("layerwise.generating", "continued"),
 }
 """Public name -> where its function lives."""
 

@@ -148,6 +148,28 @@ def generate(
     return found
 
 
+@dataclass(frozen=True)
+class Continued:
+    """A prompt and what came of it; the prompt is in neither ``tokens`` nor ``text``."""
+
+    prompt: str
+    tokens: tuple[int, ...]
+    text: str
+
+
+def continued(source: str | Path | Speaker, prompts: str | Sequence[str], **options: Any) -> list[Continued]:
+    """``layerwise.generate("OUT", "Once upon")``: every prompt continued.
+
+    source:  a checkpoint, an artifact, or what ``open_speaker`` returned, to open it once for many calls.
+    options: those of ``Asked``: ``new_tokens``, ``temperature``, ``top_k``, ``top_p``, ``seed``, ``method``, ``cache``.
+    """
+    asked = Asked(**options)
+    speaker = source if isinstance(source, Speaker) else open_speaker(str(source))
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    found = generate(speaker, texts, asked)
+    return [Continued(p, t, speaker.text(t)) for p, t in zip(texts, found.tokens, strict=True)]
+
+
 class Pieces:
     """New text of a growing list of tokens. A letter may take several tokens, and a word's look hangs on the last."""
 

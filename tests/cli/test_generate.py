@@ -63,6 +63,18 @@ def test_transformers_generates_the_same_from_a_loaded_artifact(packed: Path) ->
     assert torch.equal(theirs, torch.tensor(ours))
 
 
+def test_the_library_says_what_the_command_says(packed: Path) -> None:
+    import layerwise as package
+
+    options = ("--max-new-tokens", "7", "--temperature", "0.7", "--seed", "2", "--json")
+    (found,) = package.generate(packed, PROMPT, new_tokens=7, temperature=0.7, seed=2)
+    said = layerwise("generate", packed, "--prompt", PROMPT, *options).json
+    assert (list(found.tokens), found.text, found.prompt) == (said["tokens"], said["text"], PROMPT)
+    from layerwise.generate.choice import Choice  # the folder of the same name stays importable
+
+    assert callable(package.generate) and Choice().greedy
+
+
 def test_a_file_of_prompts(tiny_gpt2: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPT}\n\nMy neighbour paints the long road near\nA\n", encoding="utf-8")

@@ -22,7 +22,8 @@ from layerwise.probe.lac import Lac, among_tokens, changes, skipping, voids
 from layerwise.probe.layers_as_painters import LayersAsPainters, variants
 from layerwise.probe.measurement import Measurement
 from layerwise.probe.snlp import Snlp, rounds
-from layerwise.technique import Probe, find
+from layerwise.roles import Probe
+from layerwise.technique import find
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ("layers_as_painters", "snlp", "lac", "depth_efficiency")

@@ -44,7 +44,17 @@ class Store(ABC):
 
     @property
     @abstractmethod
-    def nbytes(self) -> int: ...
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held, ``[rows, heads, capacity, …]`` each."""
+
+    def gather(self, slots: Sequence[int], start: int) -> None:
+        """Let these slots stand from ``start`` on, in this order, for every row."""
+        for held in self.tensors:
+            held[:, :, start : start + len(slots)] = held[:, :, list(slots)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self.tensors)
 
 
 class Plain(Store):
@@ -61,8 +71,8 @@ class Plain(Store):
         return self.data[:, :, :end]
 
     @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.data,)
 
 
 class Int8(Store):
@@ -86,8 +96,8 @@ class Int8(Store):
         return (self.codes[:, :, :end].to(self.dtype) * self.step[:, :, :end].to(self.dtype)).flatten(-2)
 
     @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.step.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.step
 
 
 class Int4(Store):
@@ -116,8 +126,8 @@ class Int4(Store):
         return (codes * self.step[:, :, :end].to(self.dtype) + self.low[:, :, :end].to(self.dtype)).flatten(-2)
 
     @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.step.nbytes + self.low.nbytes
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.step, self.low
 
 
 STORES: dict[str, type[Plain] | type[Int8] | type[Int4]] = {"16": Plain, "int8": Int8, "int4": Int4}
@@ -156,6 +166,12 @@ class Cache:
         if found is None:
             raise ValueError(f"block {block} has not run yet")
         return found[0].read(end), found[1].read(end)
+
+    def gather(self, slots: Sequence[int], start: int) -> None:
+        """Let these slots of every block that has run stand from ``start`` on."""
+        for found in self.stores:
+            for part in found or ():
+                part.gather(slots, start)
 
     @property
     def nbytes(self) -> int:

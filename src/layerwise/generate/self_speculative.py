@@ -17,7 +17,10 @@ are plain steps, and below an acceptance of ``floor`` over five rounds drafting 
 Source: M. Elhoushi et al., "LayerSkip", arXiv 2404.16710, for exits with one cache and reused states; J. Zhang et al.,
 "Draft & Verify", arXiv 2309.08168, for skipped blocks. LayerSkip fixes E and g by hand; choosing them on the prompt by
 the cost above is ours. Blocks to skip are those that turn the prompt's states least, never the first or the last. The
-paper's training, which makes exits agree, is not here: networks trained without it agree less.
+paper's training, which makes exits agree, is not here: networks trained without it agree less. On docs-lm, 5 blocks
+trained without it, four drafts a round take 0.43 (exit) and 0.34 (skip) full passes a token with 35 % and 51 % of
+drafts accepted, but 1.9 and 1.5 times the time of plain decoding, since a draft runs four of the five blocks; left to
+choose, the method drafts next to nothing there and takes 1.03 and 1.08 times.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ position it starts; what it writes counts only once ``lengths`` covers it:
     run(hidden, blocks, starts)   a run of blocks, e.g. range(0, 4) now and range(4, 12) later for the same positions
     scores(hidden)                norm and head, after any block (an exit)
     rollback(lengths)             positions at and behind a length no longer count; the next pass writes over them
+    keep(slots)                   of a pass over a tree of drafts, only these count
 
 Sessions never draw or choose tokens. A row's queries see keys at or before their own position, within the block's
 window; keys behind it, left over from drafts, are masked or overwritten. Rows may have different lengths.
@@ -74,30 +75,47 @@ class Session:
             raise ValueError(f"lengths lie between 0 and {self.capacity}, not {list(lengths)}")
         self.lengths = list(lengths)
 
+    def keep(self, slots: Sequence[int]) -> None:
+        """Of a session of one row, let the keys and values at these slots follow its length, in this order."""
+        self.cache.gather(slots, self.lengths[0])
+        self.rollback([self.lengths[0] + len(slots)])
+
     # ------------------------------------------------------------ parts of a pass
 
-    def embed(self, tokens: Tensor, starts: Sequence[int]) -> Tensor:
-        """Hidden states ``[rows, count, d]`` before the first block."""
+    def embed(self, tokens: Tensor, starts: Sequence[int], places: Tensor | None = None) -> Tensor:
+        """Hidden states ``[rows, count, d]`` before the first block; ``places`` as in ``run``."""
         tokens = tokens.to(self.network.device)
         hidden: Tensor = self.network.table(tokens)
         if self.network.positions is not None:
-            hidden = hidden + self.network.positions(self._places(starts, tokens.shape[1]))
+            own = self._places(starts, tokens.shape[1]) if places is None else places
+            hidden = hidden + self.network.positions(own)
         return hidden
 
-    def run(self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int]) -> Tensor:
-        """Hidden states ``[rows, count, d]`` behind these blocks; their keys and values are written at ``starts``."""
+    def run(
+        self,
+        hidden: Tensor,
+        blocks: Iterable[int],
+        starts: Sequence[int],
+        places: Tensor | None = None,
+        sees: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states ``[rows, count, d]`` behind these blocks; their keys and values are written at ``starts``.
+
+        For a tree of drafts, whose branches stand beside each other in the cache but at the same positions of the text:
+        places: position of each token, int64 ``[rows, count]``; without it they follow each other from the start.
+        sees:   bool ``[rows or 1, 1, count, start + count]``, which slots of the cache each token sees.
+        """
         network, count = self.network, hidden.shape[1]
-        arguments: dict[str, Any] = {
-            "past_key_values": self.cache, "use_cache": True, "position_ids": self._places(starts, count)
-        }  # fmt: skip
+        own = self._places(starts, count) if places is None else places
+        arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "position_ids": own}
         if network.rotary is not None:
-            arguments["position_embeddings"] = self._turns(hidden, starts, count)
+            arguments["position_embeddings"] = self._turns(hidden, starts, count, places)
         self.cache.starts = starts
         masks: dict[int | None, Tensor | None] = {}
         for index in blocks:
             window = network.windows[index]
             if window not in masks:
-                masks[window] = self._mask(starts, count, window)
+                masks[window] = self._mask(starts, count, window) if sees is None else sees
             out = network.blocks[index](hidden, attention_mask=masks[window], **arguments)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
@@ -115,16 +133,16 @@ class Session:
             return torch.arange(starts[0], starts[0] + count, device=device).expand(self.rows, count)
         return torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
 
-    def _turns(self, hidden: Tensor, starts: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    def _turns(self, hidden: Tensor, starts: Sequence[int], count: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[rows or 1, count, width]``, cut out of tables that are made once."""
         if self._rotary is None:
             every = torch.arange(self.capacity, device=hidden.device)[None]
             self._rotary = self.network.rotary(hidden[:1], every)  # type: ignore[misc]
         cosine, sine = self._rotary
-        if len(set(starts)) == 1:
+        if places is None and len(set(starts)) == 1:
             own = slice(starts[0], starts[0] + count)
             return cosine[:, own], sine[:, own]
-        places = self._places(starts, count)
+        places = self._places(starts, count) if places is None else places
         return cosine[0][places], sine[0][places]
 
     def _mask(self, starts: Sequence[int], count: int, window: int | None) -> Tensor | None:

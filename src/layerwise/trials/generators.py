@@ -3,7 +3,7 @@
 Prompts are windows of the held-out text, decoded greedily past the ends of texts, one by one, each by plain decoding
 and by every setting in turn, so that all see the same machine. Per setting:
 
-passes    of the whole network a new token, and of blocks (in networks); plain decoding takes 1
+passes    of the whole network a new token (of lossless generators), and of blocks, in networks; plain decoding's are 1
 time      of the processor, one thread, for prompt and new tokens, plain decoding's = 1: what a clock shows on a machine
           that does nothing else; of small networks it is mostly the interpreter's
 refused   share of drafted tokens where their number is fixed, beside that of a draft which repeats the last token
@@ -35,6 +35,12 @@ PROMPTS = 12
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 PLAIN = "plain"
+FULL = "full passes a token"
+BLOCKS = "blocks run a token, over the network's"
+TIME = "time of one thread, plain = 1"
+REFUSED = "refused share of drafted tokens"
+FOREIGN = "tokens that the network would not choose"
+METRICS = (FULL, BLOCKS, TIME, REFUSED, FOREIGN)
 FIXED = "tokens=4,floor=0"  # beside a setting that chooses its number of drafts
 
 
@@ -88,19 +94,19 @@ def trials_of(name: str, generator: Generator, tallies: dict[str, Tally], blocks
         behind = max(1, of.tokens - of.work.prefilled)
         return of.work.full_passes / behind, of.work.block_passes / blocks / behind
 
-    trials = [
-        trial("full passes a token", passes(mine)[0], PLAIN, passes(plain)[0]),
-        trial("blocks run a token, over the network's", passes(mine)[1], PLAIN, passes(plain)[1]),
-        trial("time of one thread, plain = 1", mine.seconds / plain.seconds, PLAIN, 1.0),
+    trials = [trial(FULL, passes(mine)[0], PLAIN, passes(plain)[0])] if generator.lossless else []
+    trials += [
+        trial(BLOCKS, passes(mine)[1], PLAIN, passes(plain)[1]),
+        trial(TIME, mine.seconds / plain.seconds, PLAIN, 1.0),
     ]
     if getattr(generator, "tokens", 0):  # a setting that chooses may draft for one seed and not for another
         repeated = tallies["repeat"].refused
-        trials.append(trial("refused share of drafted tokens", mine.refused, "repeat the last token", repeated))
+        trials.append(trial(REFUSED, mine.refused, "repeat the last token", repeated))
     if not generator.lossless:
         always = next((n for n in tallies if n.startswith(generator.name) and "confidence=0.0" in n), None)
         if always is not None and always != name:
             share = [t.foreign / max(1, t.tokens) for t in (mine, tallies[always])]
-            trials.append(trial("tokens that the network would not choose", share[0], always, share[1]))
+            trials.append(trial(FOREIGN, share[0], always, share[1]))
     return trials
 
 
