@@ -52,7 +52,9 @@ def rounded(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Ten
     return codes.view(rows, columns), scales, zeros, values.view(rows, columns)
 
 
-def gptq(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int, shifted: bool = True) -> dict[str, Tensor]:
+def gptq(
+    codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int, shifted: bool = True
+) -> dict[str, Tensor]:
     columns = codes.shape[1]
     return {
         "qweight": words(codes, bits).T.contiguous(),
@@ -103,7 +105,9 @@ def quantized(
     stored: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        linear = name.endswith("_proj.weight") or (".layer." in name and name.endswith(("dense.weight", "query.weight")))
+        linear = name.endswith("_proj.weight") or (
+            ".layer." in name and name.endswith(("dense.weight", "query.weight"))
+        )
         fits = linear and value.shape[1] % (group or 1) == 0 and value.shape[0] * bits % 32 == 0
         if not fits or value.shape[1] * bits % 32:
             stored[name] = value.half() if value.is_floating_point() else value

@@ -19,17 +19,17 @@ from layerwise.network.load import load
 from layerwise.network.network import open_network
 
 METHODS = [
-    ("gptq", dict(bits=4, symmetric=True)),
-    ("gptq", dict(bits=4)),
-    ("gptq", dict(bits=8, group=0)),
-    ("gptq", dict(bits=2, group=32, shifted=False, config={"checkpoint_format": "gptq_v2"})),
-    ("gptq", dict(bits=3, group=32, symmetric=True)),
-    ("awq", dict(group=32)),
-    ("compressed-tensors", dict(bits=4, symmetric=True)),
-    ("compressed-tensors", dict(bits=4, group=0)),
-    ("compressed-tensors", dict(bits=8, group=32)),
-    ("compressed-tensors", dict(bits=3, group=32, symmetric=True)),
-    ("compressed-tensors", dict(bits=3, group=32, symmetric=True, loose=True)),
+    ("gptq", {"bits": 4, "symmetric": True}),
+    ("gptq", {"bits": 4}),
+    ("gptq", {"bits": 8, "group": 0}),
+    ("gptq", {"bits": 2, "group": 32, "shifted": False, "config": {"checkpoint_format": "gptq_v2"}}),
+    ("gptq", {"bits": 3, "group": 32, "symmetric": True}),
+    ("awq", {"group": 32}),
+    ("compressed-tensors", {"bits": 4, "symmetric": True}),
+    ("compressed-tensors", {"bits": 4, "group": 0}),
+    ("compressed-tensors", {"bits": 8, "group": 32}),
+    ("compressed-tensors", {"bits": 3, "group": 32, "symmetric": True}),
+    ("compressed-tensors", {"bits": 3, "group": 32, "symmetric": True, "loose": True}),
 ]
 
 
@@ -125,7 +125,7 @@ def test_act_order_is_refused_when_it_is_opened(tiny_llama: Path, tmp_path: Path
         (lambda t: t.fill_(0), "steps that are not positive"),
         (lambda t: t.fill_(float("nan")), "steps that are not positive"),
         (lambda t: -t, "steps that are not positive"),
-        (lambda t: (t.float() * 1.0001), "steps that are not positive numbers of fp16"),
+        (lambda t: t.float() * 1.0001, "steps that are not positive numbers of fp16"),
     ],
 )
 def test_impossible_steps_are_refused(change: Any, words: str, tiny_llama: Path, tmp_path: Path) -> None:

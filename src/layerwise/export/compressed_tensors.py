@@ -230,4 +230,3 @@ def quantization_config(packed: Mapping[str, Grid], fitting: Fitting, linears: l
         "ignore": [name for name in linears if name not in packed],
         **({"dequantize": True} if zeros else {}),
     }
-

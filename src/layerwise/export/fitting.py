@@ -1,4 +1,4 @@
-"""Which stored forms of an artifact an engine takes as they are, and which have to be rounded to a grid that it takes."""
+"""Which stored forms of an artifact an engine takes as they are, and which must be rounded to a grid that it takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from layerwise.errors import InputError
 from layerwise.export.regrid import nearest_grid, regridded
 from layerwise.network.artifact import Artifact
 from layerwise.network.sites import Site
+from layerwise.plan.fused import groups_among
 from layerwise.plan.targets import Target, described
 
 
@@ -64,23 +65,11 @@ def refusals(artifact: Artifact, sites: Mapping[str, Site], target: Target) -> d
 def unequal(formats: Mapping[str, str], target: Target) -> dict[str, str]:
     """First site of each group that the engine fuses -> why it cannot, where formats (site -> words) differ."""
     found = {}
-    for names in fused_groups(formats, target):
+    for names in groups_among(formats, target):
         if len({formats[name] for name in names}) > 1:
             listed = ", ".join(f"{name.rpartition('.')[2]} {formats[name]}" for name in names)
             found[names[0]] = f"{names[0].rpartition('.')[0]} has {listed}; {target.name} multiplies them as one matrix"
     return found
-
-
-def fused_groups(names: Mapping[str, object], target: Target) -> list[tuple[str, ...]]:
-    """Sites that the engine multiplies as one matrix, of those that are there."""
-    groups = []
-    for leaves in target.fused:
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            members = tuple(f"{parent}.{other}" for other in leaves if f"{parent}.{other}" in names)
-            if leaf == leaves[0] and len(members) > 1:
-                groups.append(members)
-    return groups
 
 
 def fit(artifact: Artifact, sites: Mapping[str, Site], target: Target, formats: Mapping[str, str]) -> Fitting:
@@ -98,7 +87,7 @@ def fit(artifact: Artifact, sites: Mapping[str, Site], target: Target, formats: 
     for name in wrong:
         grids[name] = nearest(name)
     after = dict(formats) | {name: "16 bits" if grid is None else str_of(grid) for name, grid in grids.items()}
-    for names in fused_groups(after, target):
+    for names in groups_among(after, target):
         if len({after[name] for name in names}) == 1:
             continue
         encoded = [name for name in names if name in artifact.sites]

@@ -75,7 +75,7 @@ class Steps:
 
 def in_steps(form: Encoded) -> Steps | None:
     """A form that is whole numbers times steps: grouped integers with whole zeros, and one plane of trits."""
-    rows, columns = form.shape
+    columns = form.shape[1]
     if isinstance(form, GroupedInteger) and not form.grid.float_zero:
         width, zeros = form.grid.width(columns), form.fitted.zeros().to(torch.int16)
         whole = form.codes().to(torch.int16) - zeros[:, torch.arange(columns) // width]

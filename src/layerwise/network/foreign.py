@@ -1,4 +1,4 @@
-"""Checkpoints that another tool has quantized, opened as artifacts: their codes become our grouped integers as they are.
+"""Checkpoints that another tool has quantized, opened as artifacts: their codes become our grouped integers.
 
 Everything that reads an artifact (``evaluate``, ``export``, ``load``, a network to compress) reads these too; the files
 are not rewritten. A linear is unpacked when it is asked for.

@@ -151,7 +151,11 @@ class CompressedTensors(Packing):
         columns, symmetric = int(shape[1]), "weight_zero_point" not in infos
         _, groups = sides(site, infos, "weight_scale")
         for bits, group, plain in sorted(self.formats):
-            if columns < 1 or plain != symmetric or words not in (word_count(columns, bits), loose_count(columns, bits)):
+            if (
+                columns < 1
+                or plain != symmetric
+                or words not in (word_count(columns, bits), loose_count(columns, bits))
+            ):
                 continue
             grid = Grid(bits, group, symmetric)
             if grid.groups(columns) == groups and not (group and columns % grid.width(columns)):

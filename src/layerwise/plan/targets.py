@@ -23,17 +23,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from layerwise.errors import InputError, nearest
 from layerwise.recipe import parse_recipe
 
-if TYPE_CHECKING:
-    from layerwise.network.sites import Site
-
 LAYERWISE = "layerwise"
 QKV = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 GATE_UP = (("gate_proj", "up_proj"),)
+
+
+class Matrix(Protocol):
+    """What a target asks of a site; ``network.sites.Site`` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def transposed(self) -> bool: ...
+    @property
+    def head(self) -> str | None: ...
+    @property
+    def kernel(self) -> tuple[int, ...] | None: ...
+    @property
+    def experts(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +88,7 @@ class Target:
     transposed: bool = False
     experts: bool = False
 
-    def grids(self, site: Site) -> tuple[Grids, ...]:
+    def grids(self, site: Matrix) -> tuple[Grids, ...]:
         """The integer grids that a site may be on; none where the engine takes it at 16 bits only."""
         if site.kernel is not None or (site.transposed and not self.transposed) or (site.experts and not self.experts):
             return ()
@@ -82,7 +98,7 @@ class Target:
             return tuple(g for g in self.table if g in self.head)
         return {"table": self.table, "head": self.head}.get(site.kind, ())
 
-    def refusal(self, spec: Mapping[str, Any], site: Site) -> str | None:
+    def refusal(self, spec: Mapping[str, Any], site: Matrix) -> str | None:
         """Why a site cannot keep the form of this ``spec``, as the end of a sentence; None where it can."""
         if spec["form"] == "dense":
             return None
@@ -95,7 +111,9 @@ class Target:
         """Whether a linear of some width could keep the form."""
         return spec["form"] == "dense" or self._misfit(spec, self.linear, None, True) is None
 
-    def _misfit(self, spec: Mapping[str, Any], grids: tuple[Grids, ...], columns: int | None, linear: bool) -> str | None:
+    def _misfit(
+        self, spec: Mapping[str, Any], grids: tuple[Grids, ...], columns: int | None, linear: bool
+    ) -> str | None:
         offered = " or ".join(str(g) for g in grids)
         if spec["form"] == "ternary" and self.ternary and linear:
             if spec["planes"] != 1 or spec["scale_bits"] != 16 or spec["group"] not in self.ternary:
@@ -107,9 +125,7 @@ class Target:
             return f"{self.name} takes fp16 steps and whole zeros"
         group = spec["group"] if columns is None or spec["group"] < columns else 0
         whole = {0, columns} if group == 0 else {group}  # a group that is as wide as the row is the row
-        fits = any(
-            spec["bits"] in g.bits and whole & set(g.groups) and spec["symmetric"] == g.symmetric for g in grids
-        )
+        fits = any(spec["bits"] in g.bits and whole & set(g.groups) and spec["symmetric"] == g.symmetric for g in grids)
         return self._uneven(group, columns) if fits else f"{self.name} takes {offered}"
 
     def _uneven(self, group: int, columns: int | None) -> str | None:
