@@ -177,9 +177,10 @@ def recipes_at(
         if chain_of(wanted) == label:
             return (wanted,)
         return (chained(label, wanted),) if chain_of(wanted) == AS_IS else ()
+    kept = menu.kept(site, network.kept_spec(site))
     if site.name in unreached:
-        return tuple(chained(label, recipe) for recipe in menu.unreached(site))
-    offered = menu.offered(site)
+        return tuple(chained(label, recipe) for recipe in kept or menu.unreached(site))
+    offered = (*kept, *menu.offered(site))  # first: of two that change nothing, the one that is not encoded again
     if site.block is None:
         return distinct(map(encoder_of, offered))
     mine = tuple(r for r in offered if chain_of(r) == label)

@@ -62,7 +62,7 @@ def export(
     Raises ``InputError`` before anything is written for a site that the format or the engine cannot express.
     """
     if to not in FORMATS:
-        raise InputError(f"there is no export to {to!r}{nearest(to, list(FORMATS))}; there are {', '.join(FORMATS)}")
+        raise InputError(f"there is no export to {to!r}{nearest(to, list(FORMATS))}")
     return FORMATS[to](artifact, out, target, reencode, text, force)
 
 
@@ -83,7 +83,7 @@ def _compressed_tensors(
     before = after = None
     if fitting.grids:
         changed = {name: partial(fitting.encoded, name) for name in fitting.grids if not fitting.dense(name)}
-        before, after = measured(open_network(artifact), changed, text)
+        before, after = measured(open_network(os.fspath(artifact)), changed, text)
     made = write_compressed_tensors(fitting, out, force)
     return Written(made.bytes, made.target, made.rounded, before, after)
 

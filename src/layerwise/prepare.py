@@ -242,7 +242,8 @@ def recipes_for(site: Site, menu: Menu, only: dict[str, str], network: Network) 
     if site.name in only:
         return (only[site.name],)
     outside = site.block is None and site.kind == "linear"
-    return (*menu.offered(site), *menu.unreached(site)) if outside else menu.offered(site)
+    offered = (*menu.kept(site, network.kept_spec(site)), *menu.offered(site))
+    return (*offered, *menu.unreached(site)) if outside else offered
 
 
 def check_budget(budget: Budget, network: Network, reach: Range) -> None:

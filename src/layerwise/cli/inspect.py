@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from layerwise.cli import shared
 
 
@@ -14,7 +16,7 @@ def inspect(model: shared.Model, json: shared.Json = False) -> None:
 
     network = open_network(model)
     loss = loss_of(network.architecture, network.checkpoint.directory)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "site": s.name, "kind": s.kind, "rows": s.rows, "columns": s.columns, "parameters": s.parameters,
             "bytes": network.bytes_of(s), "block": s.block, "encoded": network.kept_spec(s),

@@ -8,8 +8,9 @@ float16 factor a row: half the bytes of a float16 scale for an error that does n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from layerwise.errors import InputError
 from layerwise.plan.targets import Matrix, Target, described, spec_of
@@ -41,6 +42,7 @@ ELSEWHERE = {
     "allocator": "it solves for the plan and encodes nothing; write --allocator {name}",
     "scorer": "it orders changes and encodes nothing; leave it out",
 }  # role -> how a technique that encodes nothing is used
+KEPT = "kept"
 WIDE = 8  # bits at which a step for few columns buys nothing
 UNREACHED = "rtn:bits=8,group=0"  # a site the loss does not reach: small and safe, never searched
 
@@ -54,6 +56,7 @@ class Menu:
     surgeons: tuple[str, ...] = ()  # that may take whole blocks out
     target: Target | None = None
     plain: str = "dense"  # what keeps a site at 16 bits
+    keeps: bool = False  # whether a site may keep the encoding that it came in
 
     def of(self, kind: str, columns: int) -> tuple[str, ...]:
         """The recipes for a site of this kind and width, without those that are the same grid at this width."""
@@ -66,6 +69,15 @@ class Menu:
         if self.target is None:
             return recipes
         return tuple(r for r in recipes if self.target.refusal(spec_of(r), site) is None) or (self.plain,)
+
+    def kept(self, site: Matrix, spec: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """The recipe that stores again what a site came in, of the form ``spec``; none for a form that is no grid."""
+        if not self.keeps or spec is None or spec["form"] != "integer" or spec["float_zero"] or spec["scale_bits"] == 8:
+            return ()
+        if self.target is not None and self.target.refusal(spec, site) is not None:
+            return ()
+        symmetric = ",symmetric=true" if spec["symmetric"] else ""
+        return (str(parse_recipe(f"{KEPT}:bits={spec['bits']},group={spec['group']}{symmetric}")),)
 
     def unreached(self, site: Matrix) -> tuple[str, ...]:
         """The recipes for a site that the loss does not reach: one, unless its neighbours in the engine decide."""
@@ -115,7 +127,7 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
     plain = str(parse_recipe(plain))
     gone = _distinct([canonical(text) for text in surgeons])
-    return Menu(_distinct([*linear, plain]), _distinct([*table, plain]), gone, target, plain)
+    return Menu(_distinct([*linear, plain]), _distinct([*table, plain]), gone, target, plain, True)
 
 
 def check_held(recipe: str, target: Target) -> None:

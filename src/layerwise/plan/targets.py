@@ -20,7 +20,7 @@ minimum in fp16, which the product of a step and a zero is not in general; its K
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -61,7 +61,7 @@ class Grids:
     symmetric: bool
 
     def __str__(self) -> str:
-        bits, groups = _listed(self.bits), _listed(self.groups, {0: "the whole row"})
+        bits, groups = _listed(self.bits), _listed(sorted(self.groups, key=lambda g: g or 1 << 30), {0: "whole rows"})
         return f"{bits} bits in groups of {groups} {'without' if self.symmetric else 'with'} zeros"
 
 
@@ -174,7 +174,7 @@ def find_target(name: str | None) -> Target | None:
         return None
     if name not in TARGETS:
         known = [LAYERWISE, *TARGETS]
-        raise InputError(f"there is no target {name!r}{nearest(name, known)}; the targets are {', '.join(known)}")
+        raise InputError(f"there is no target {name!r}{nearest(name, known)}")
     return TARGETS[name]
 
 
@@ -184,8 +184,8 @@ def described(spec: Mapping[str, Any]) -> str:
         return f"the form {spec['form']}"
     zeros = "real zeros" if spec["float_zero"] else "zeros"
     scales = " and 8-bit scales" if spec["scale_bits"] == 8 else ""
-    groups = _listed((spec["group"],), {0: "the whole row"})
-    return f"{spec['bits']} bits in groups of {groups} {'without' if spec['symmetric'] else 'with'} {zeros}{scales}"
+    groups = f"groups of {spec['group']}" if spec["group"] else "whole rows"
+    return f"{spec['bits']} bits in {groups} {'without' if spec['symmetric'] else 'with'} {zeros}{scales}"
 
 
 @cache
@@ -213,6 +213,6 @@ def format_of(recipe: str, columns: int) -> str:
     return "16 bits" if spec["form"] == "dense" else described(spec) if spec["form"] == "integer" else str(spec)
 
 
-def _listed(values: tuple[int, ...], names: Mapping[int, str] | None = None) -> str:
+def _listed(values: Sequence[int], names: Mapping[int, str] | None = None) -> str:
     words = [(names or {}).get(v, str(v)) for v in values]
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
