@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 def menu_of(options: Options, network: Network) -> tuple[Menu, dict[str, str]]:
     """The recipes to try, and the sites where only one is."""
     target = target_of(options)
+    if target is not None and target.architectures and network.architecture not in target.architectures:
+        raise InputError(
+            f"{network.name} is a {network.architecture}; for {target.name} layerwise writes "
+            f"{', '.join(target.architectures)}"
+        )
     only = dict(site_and_recipe(entry, network, "--redo", target) for entry in options.redo)
     if options.uniform is not None:
         linear, table = uniform_recipes(parse_recipe(options.uniform), options.embeddings)

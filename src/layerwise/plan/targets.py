@@ -7,7 +7,7 @@ layerwise       (the artifact itself)   every form
 transformers    ``compressed-tensors``  ``pack-quantized`` linears, read by the compressed-tensors package
 vllm            ``compressed-tensors``  the same; q/k/v and gate/up are one matrix there, and so of one format
 llama.cpp       ``gguf``                Q4_0, Q5_0, Q8_0 (groups of 32, no zeros), TQ1_0/TQ2_0 (ternary groups of 256)
-onnxruntime     ``onnx``                MatMulNBits
+onnxruntime     ``onnx``                MatMulNBits; tables as the same codes
 ==============  ======================  ===========================================================================
 
 A stored form is looked at through its ``spec`` alone, so that a plan (before anything is encoded) and an exporter
@@ -75,6 +75,7 @@ class Target:
     short_groups: whether the last group of a row may be shorter than the others.
     transposed:   whether modules that keep their weight as [in, out] may be encoded.
     experts:      whether single experts may be encoded.
+    architectures: that its exporter knows; empty where it writes them all.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Target:
     short_groups: bool = False
     transposed: bool = False
     experts: bool = False
+    architectures: tuple[str, ...] = ()
 
     def grids(self, site: Matrix) -> tuple[Grids, ...]:
         """The integer grids that a site may be on; none where the engine takes it at 16 bits only."""
@@ -134,6 +136,9 @@ class Target:
         return f"{self.name} needs groups that divide the {columns} columns"
 
 
+DECODERS = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+BLOCKS = tuple(Grids((2, 4, 8), (16, 32, 64, 128), symmetric) for symmetric in (True, False))
+
 TARGETS = {
     target.name: target
     for target in (
@@ -156,13 +161,23 @@ TARGETS = {
             head=(Grids((4, 5, 8), (32,), True),),
             ternary=(256,),
             transposed=True,
+            architectures=DECODERS,
         ),
         Target(
             "onnxruntime",
             "onnx",
-            linear=(Grids((4, 8), (16, 32, 64, 128), True), Grids((4, 8), (16, 32, 64, 128), False)),
-            head=(Grids((4, 8), (16, 32, 64, 128), True), Grids((4, 8), (16, 32, 64, 128), False)),
+            linear=BLOCKS,
+            table=BLOCKS,
+            head=BLOCKS,
+            short_groups=True,
             transposed=True,
+            architectures=(
+                *DECODERS,
+                "Qwen3ForCausalLM",
+                "GPT2LMHeadModel",
+                "BertModel",
+                "BertForSequenceClassification",
+            ),
         ),
     )
 }
