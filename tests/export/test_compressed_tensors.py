@@ -78,6 +78,8 @@ def test_zeros_are_packed_along_the_outputs(tiny_llama: Path, tmp_path: Path) ->
     )
     made = export_compressed_tensors(out, tmp_path / "ct")
     assert made.target == "vllm"
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert config["dequantize"] is True and len(config["config_groups"]) == 1
     tensors, artifact = load_file(tmp_path / "ct" / "model.safetensors"), open_artifact(out)
     name = "model.layers.0.self_attn.q_proj"
     rows, columns = artifact.sites[name].spec["shape"]
@@ -85,6 +87,14 @@ def test_zeros_are_packed_along_the_outputs(tiny_llama: Path, tmp_path: Path) ->
     codes = codes_of(tensors[f"{name}.weight_packed"], columns, 4)
     steps = tensors[f"{name}.weight_scale"].float().repeat_interleave(32, 1)
     assert torch.equal((codes - zeros) * steps, artifact.encoded(name).decode())
+
+
+def test_transformers_is_not_asked_to_decode_several_formats(tiny_llama: Path, tmp_path: Path) -> None:
+    """It would decode all of them as the first."""
+    recipes = {"self_attn.o_proj": "rtn:bits=4,group=32", "gate_proj": SYMMETRIC, "up_proj": SYMMETRIC}
+    made = export_compressed_tensors(packed(tiny_llama, tmp_path / "out", recipes), tmp_path / "ct")
+    config = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert made.target == "vllm" and len(config["config_groups"]) == 2 and "dequantize" not in config
 
 
 MIXED = {

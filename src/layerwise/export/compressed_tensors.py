@@ -8,9 +8,10 @@
 stands for ``step * (code - zero)``, which is our own grid, so codes, zeros and steps are copied and nothing is rounded.
 Every format (bits, group, zeros) of the plan is a config group that names its linears; all else is at 16 bits.
 
-transformers 5 keeps symmetric weights packed in memory and cannot place packed zeros there, so a file that has zeros
-asks it to decode while loading (``dequantize``); vLLM multiplies both as they are. A bf16 network computes with steps
-that its reader rounds to bf16; loaded in fp16 or fp32 they are exact.
+transformers 5 keeps symmetric weights packed in memory and cannot place packed zeros there, so a file of one format
+with zeros asks it to decode while loading (``dequantize``). It decodes with one format for all linears, so that a
+file of several formats, some with zeros, is for vLLM only, which multiplies all of them as they are. A bf16 network
+computes with steps that its reader rounds to bf16; loaded in fp16 or fp32 they are exact.
 """
 
 from __future__ import annotations
@@ -221,12 +222,12 @@ def quantization_config(packed: Mapping[str, Grid], fitting: Fitting, linears: l
         }
         for index, (grid, names) in enumerate(ordered)
     }
-    zeros = any(not grid.symmetric for grid in formats)
+    alone = len(formats) == 1 and not ordered[0][0].symmetric
     return {
         "quant_method": EXPORT,
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": [name for name in linears if name not in packed],
-        **({"dequantize": True} if zeros else {}),
+        **({"dequantize": True} if alone else {}),
     }

@@ -146,7 +146,7 @@ def target_settings(name: str, target: Target) -> list[str]:
     if {"bits", "group", "symmetric"} <= fields and not encoder.menu:
         made = [
             f"{name}:bits={bits},group={group}" + (",symmetric=true" if grids.symmetric else "")
-            for grids in target.linear
+            for grids in target.planned or target.linear
             for bits in grids.bits
             for group in (grids.groups if bits < WIDE else sorted(grids.groups, key=lambda g: g or 1 << 30)[-2:])
         ]

@@ -70,6 +70,7 @@ class Target:
     """An engine.
 
     linear, table, head: grids of linears, of word tables and of heads; a tied pair must be of all three kinds' grids.
+    planned:      the linears' grids that plans choose among, where that is not all of them.
     ternary:      groups of single-plane ternary linears.
     fused:        last names of sites that the engine multiplies as one matrix, whose format must be one.
     short_groups: whether the last group of a row may be shorter than the others.
@@ -83,6 +84,7 @@ class Target:
     linear: tuple[Grids, ...]
     table: tuple[Grids, ...] = ()
     head: tuple[Grids, ...] = ()
+    planned: tuple[Grids, ...] = ()
     ternary: tuple[int, ...] = ()
     fused: tuple[tuple[str, ...], ...] = ()
     short_groups: bool = False
@@ -151,6 +153,7 @@ TARGETS = {
             "vllm",
             "compressed-tensors",
             linear=(Grids((4, 8), (0, 32, 64, 128), True), Grids((4,), (0, 32, 64, 128), False)),
+            planned=(Grids((4, 8), (0, 32, 64, 128), True),),  # these load in transformers too
             fused=QKV + GATE_UP,
         ),
         Target(
