@@ -9,8 +9,11 @@ from tests.command import layerwise
 from tests.export.artifacts import artifact
 
 from layerwise.errors import InputError
-from layerwise.exporting import ExportOptions, export, measured_loss
+from layerwise.exporting import ExportOptions, export
+from layerwise.export.gguf import rounded
 from layerwise.network.artifact import open_artifact
+from layerwise.network.network import open_network
+from layerwise.rounding_loss import loss_of_rounding
 
 
 def test_gguf_and_back(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sentences: Path):
@@ -30,16 +33,16 @@ def test_gguf_and_back(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert done.code == 2 and "absent.gguf" in done.err
 
 
-def test_the_measured_loss_is_none_where_nothing_changed_and_grows(tiny_llama: Path, sentences: Path, tmp_path: Path):
-    from layerwise.export.gguf import rounded
-
+def test_what_rounding_loses_is_none_where_nothing_changed_and_grows(
+    tiny_llama: Path, sentences: Path, tmp_path: Path
+) -> None:
     out = artifact(tiny_llama, tmp_path / "out", "rtn:bits=8,group=64")
-    stored = open_artifact(out)
+    stored, network = open_artifact(out), open_network(out)
     site = "model.layers.0.mlp.gate_proj"
-    before, after, name = measured_loss(str(out), {site: stored.encoded(site)}, str(sentences))
-    assert name == "kl" and before == after and before["kl"] < 1e-4
-    _, worse, _ = measured_loss(str(out), {site: rounded(stored.encoded(site), "Q4_0")}, str(sentences))
-    assert worse["kl"] > 10 * before["kl"]
+    before, after = loss_of_rounding(network, {site: lambda: stored.encoded(site)}, str(sentences))
+    assert before["kl"] == after["kl"] == 0
+    _, worse = loss_of_rounding(network, {site: lambda: rounded(stored.encoded(site), "Q4_0")}, str(sentences))
+    assert worse["kl"] > 0
 
 
 def test_a_format_that_is_not_there(tiny_llama: Path, tmp_path: Path):

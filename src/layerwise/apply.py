@@ -81,6 +81,7 @@ def plan_of(
         ),
         {s.name: s.parameters for s in network.tree.sites},
         None if prepared.activations is None else str(prepared.activations),
+        None if prepared.menu.target is None else prepared.menu.target.name,
     )
 
 

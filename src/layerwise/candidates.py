@@ -29,7 +29,7 @@ from layerwise.network.sites import Site
 from layerwise.network.sizes import largest_file
 from layerwise.plan.candidates import Encoding, encode_candidate, non_dominated, worthwhile
 from layerwise.plan.constraints import is_dense
-from layerwise.plan.menu import UNREACHED, Menu
+from layerwise.plan.menu import Menu
 from layerwise.plan.tree import Candidate
 from layerwise.recipe import parse_recipe
 from layerwise.rewriting import (
@@ -177,9 +177,10 @@ def recipes_at(
         if chain_of(wanted) == label:
             return (wanted,)
         return (chained(label, wanted),) if chain_of(wanted) == AS_IS else ()
+    kept = menu.kept(site, network.kept_spec(site))
     if site.name in unreached:
-        return (chained(label, UNREACHED),)
-    offered = menu.of(site.kind, site.columns)
+        return tuple(chained(label, recipe) for recipe in kept or menu.unreached(site))
+    offered = (*kept, *menu.offered(site))  # first: of two that change nothing, the one that is not encoded again
     if site.block is None:
         return distinct(map(encoder_of, offered))
     mine = tuple(r for r in offered if chain_of(r) == label)

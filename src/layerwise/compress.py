@@ -33,6 +33,7 @@ from layerwise.network.overlay import Overlay
 from layerwise.opening import network_rewrite
 from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
+from layerwise.plan.fused import fused, without_formats
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
 from layerwise.prepare import Options, Prepared, prepare
@@ -157,6 +158,7 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
         "dtype": str(prepared.network.plain_dtype),
         "versions": versions(),
         **({"rewrite": str(network_rewrite(options.rewrite))} if options.rewrite else {}),
+        **({"target": prepared.menu.target.name} if prepared.menu.target is not None else {}),
     }
 
 
@@ -205,8 +207,8 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
             baseline = find_baseline(prepared, calibration, candidates, applied.bytes, watch)
         measured = measure(prepared, calibration, stored, baseline, watch, inputs)
         evidence = make_evidence(
-            prepared, calibration, candidates, tree, allocation, applied, baseline, measured, budget, fingerprint,
-            command, watch,
+            prepared, calibration, candidates, for_engine(prepared, tree), allocation, applied, baseline, measured,
+            budget, fingerprint, command, watch,
         )  # fmt: skip
         evidence["seconds"] = {k: round(v, 2) for k, v in watch.seconds.items()}
         evidence["seconds"]["total"] = round(sum(watch.seconds.values()), 2)
@@ -224,7 +226,7 @@ def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Prog
         parts = reached_input_parts
     found = find_candidates(
         calibration, prepared.menu, options.workers, watch, stage, prepared.only, parts,
-        keeps_statistics(options, prepared.network),
+        keeps_statistics(options, prepared.network), prepared.menu.target is not None,
     )  # fmt: skip
     if not predicts(prepared):
         found = found.without_damages()
@@ -260,13 +262,23 @@ def allocate(
     if options.plan:
         allocation = read_plan(options.plan).choose(tree)
         return allocation, fixed + allocation.bytes
+    planned = for_engine(prepared, tree)
     if prepared.quality is not None:
-        allocation = smallest_within(prepared, calibration, candidates, tree)
+        allocation = without_formats(smallest_within(prepared, calibration, candidates, planned))
         return allocation, fixed + allocation.bytes
     assert prepared.budget is not None
     budget = prepared.budget.bytes(prepared.network.tree.parameters, prepared.network.checkpoint.safetensors_bytes)
     planner = parse_allocator(options.allocators[0]) if options.allocators else Pareto()
-    return planner.allocate(tree, budget - fixed, NetworkMeasures(calibration, candidates, "candidates", watch)), budget
+    measures = NetworkMeasures(calibration, candidates, "candidates", watch)
+    return without_formats(planner.allocate(planned, budget - fixed, measures)), budget
+
+
+def for_engine(prepared: Prepared, tree: Node) -> Node:
+    """The tree in which sites that the target's engine multiplies as one choose their format together."""
+    target = prepared.menu.target
+    if target is None or prepared.options.uniform or prepared.options.plan:
+        return tree
+    return fused(tree, target, {s.name: s.columns for s in prepared.network.tree.sites})
 
 
 def measure(

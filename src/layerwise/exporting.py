@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 from layerwise.encoding.encoded import Encoded
 from layerwise.errors import InputError, nearest
@@ -18,11 +17,12 @@ from layerwise.errors import InputError, nearest
 @dataclass(frozen=True)
 class ExportOptions:
     """force: replace what is there.   reencode: round again what the format has no exact type for.
-    text: what the loss of that is measured on."""
+    text: what the loss of that is measured on.   target: the engine, where a format is read by several."""
 
     force: bool = False
     reencode: bool = False
     text: str = "default"
+    target: str | None = None
 
 
 def export(artifact: str, out: str, to: str, options: ExportOptions) -> list[str]:
@@ -67,56 +67,52 @@ def _wrote(artifact: str, out: str, size: int) -> str:
     return f"wrote {out}: {size:,} bytes (the artifact: {open_artifact(artifact).size:,})"
 
 
-FORMATS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {"dense": _dense, "gguf": _gguf, "onnx": _onnx}
-
-
 def _told(artifact: str, forms: Mapping[str, Encoded], types: Mapping[str, str], options: ExportOptions) -> list[str]:
     """A warning with the measured loss where sites were rounded again."""
     if not forms:
         return []
+    from layerwise.network.network import open_network
+    from layerwise.rounding_loss import loss_of_rounding
+
     kinds = ", ".join(f"{count} {name}" for name, count in sorted(Counter(types.values()).items()))
-    before, after, name = measured_loss(artifact, forms, options.text)
+    before, after = loss_of_rounding(
+        open_network(artifact), {s: partial(forms.__getitem__, s) for s in forms}, options.text
+    )
+    name = next(loss for loss in ("kl", "distance") if loss in after)
     said = f"warning: {len(forms)} sites have no exact type and were rounded again ({kinds}); {name} to the artifact "
-    said += f"{after[name]:.3g} (the same artifact in 16 bits: {before[name]:.1g})"
+    said += f"{after[name]:.3g}"
     if "perplexity" in after:
         said += f", perplexity {before['perplexity']:.4g} -> {after['perplexity']:.4g}"
     return [said + f" on {options.text} text; first: {', '.join(list(forms)[:3])}"]
 
 
-def measured_loss(
-    artifact_path: str, forms: Mapping[str, Encoded], text: str, sequences: int = 32, length: int = 256
-) -> tuple[dict[str, float], dict[str, float], str]:
-    """Metrics of an artifact as it is and with some sites in other forms, against its weights in 16 bits.
-
-    Returns (metrics before, metrics after, name of the loss: ``kl`` or ``distance``).
-    """
-    from layerwise.calibrate.splits import batches_of
-    from layerwise.calibrate.text import read_text
-    from layerwise.evaluate.compare import compare
-    from layerwise.export.dense import export_dense
-    from layerwise.loss import loss_of
+def _compressed_tensors(artifact: str, out: str, options: ExportOptions) -> list[str]:
+    from layerwise.export.compressed_tensors import fitting_of, write_compressed_tensors
     from layerwise.network.artifact import open_artifact
     from layerwise.network.network import open_network
-    from layerwise.network.overlay import Fetch, Overlay
-    from layerwise.prepare import longest, open_tokenizer
+    from layerwise.rounding_loss import loss_of_rounding
 
-    artifact = open_artifact(artifact_path)
+    opened = open_artifact(artifact)
+    fitting = fitting_of(opened, options.target, options.reencode)
+    said = []
+    if changes := fitting.changed():
+        forms = {name: partial(fitting.encoded, name) for name in changes if not fitting.dense(name)}
+        before, after = loss_of_rounding(open_network(artifact), forms, options.text)
+        kinds = Counter(f"{change.before} -> {change.after}" for change in changes.values())
+        said.append(f"warning: {len(changes)} sites were rounded for {fitting.target.name}: {next(iter(changes))}, …")
+        said += [f"  {count} × {kind}" for kind, count in kinds.items()]
+        figures = [
+            f"{name} {value:.4g}" + ("" if value == before.get(name) else f" (was {before[name]:.4g})")
+            for name, value in after.items()
+        ]
+        said.append(f"  measured against the artifact on {options.text} text: {', '.join(figures)}")
+    made = write_compressed_tensors(fitting, out, options.force)
+    return [*said, f"wrote {out} for {made.target}: {made.bytes:,} bytes (the artifact: {opened.size:,})"]
 
-    def stored(site: str) -> Fetch:
-        return lambda: artifact.encoded(site)
 
-    def changed(site: str) -> Fetch:
-        return lambda: forms[site]
-
-    with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
-        export_dense(artifact_path, Path(scratch) / "dense")
-        network = open_network(Path(scratch) / "dense")
-        loss = loss_of(network.architecture, network.checkpoint.directory, None)
-        tokenizer = open_tokenizer(network)
-        length = min(length, longest(network))
-        batches = batches_of(read_text(text).documents, tokenizer, loss.causal, sequences, length)
-        before = {site: stored(site) for site in artifact.sites}
-        after = before | {site: changed(site) for site in forms}
-        variants = {"before": Overlay(network, before), "after": Overlay(network, after)}
-        found = compare(network, variants, loss, batches, Path(scratch))
-    return dict(found["before"].metrics), dict(found["after"].metrics), loss.name
+FORMATS: dict[str, Callable[[str, str, ExportOptions], list[str]]] = {
+    "dense": _dense,
+    "compressed-tensors": _compressed_tensors,
+    "gguf": _gguf,
+    "onnx": _onnx,
+}

@@ -15,7 +15,7 @@ from layerwise.activations import most_input_bytes, quantizer_of
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.candidates import kept_layout, plain_recipe, stored_bytes
-from layerwise.errors import InputError, nearest
+from layerwise.errors import InputError
 from layerwise.evaluate.sentences import pair_batches
 from layerwise.images import Given, image_data
 from layerwise.loss import Loss, loss_of_network
@@ -25,14 +25,15 @@ from layerwise.network.safetensors_file import header_fixed
 from layerwise.network.sites import Site
 from layerwise.network.sizes import largest_file, plain_bytes, plain_of_block
 from layerwise.network.streaming import Batch
+from layerwise.offering import menu_of
 from layerwise.opening import open_rewritten
 from layerwise.plan.budget import Budget, QualityLoss, parse_budget, parse_quality_loss
 from layerwise.plan.candidates import layout_of
-from layerwise.plan.constraints import matching
 from layerwise.plan.file import read_plan
-from layerwise.plan.menu import UNREACHED, Menu, make_menu, uniform_recipes
-from layerwise.plan.tree import Leaf, Sum
-from layerwise.recipe import parse_activations, parse_allocator, parse_recipe, parse_technique, parse_tuner
+from layerwise.plan.fused import check_fused
+from layerwise.plan.menu import Menu
+from layerwise.plan.targets import find_target
+from layerwise.recipe import parse_activations, parse_allocator, parse_technique, parse_tuner
 from layerwise.roles import ActivationQuantizer, BlockMeasure
 
 METADATA = {"format": "pt"}
@@ -71,6 +72,7 @@ class Options:
     plan: str | None = None
     rewrite: str | None = None
     activations: str | None = None
+    target: str | None = None
     allocators: tuple[str, ...] = ()  # that plan instead of layerwise's own; compress takes one, compare several
 
     def __post_init__(self) -> None:
@@ -92,6 +94,8 @@ class Options:
             parse_activations(self.activations)
         for text in self.allocators:
             parse_allocator(text)
+        if find_target(self.target) is not None and self.activations is not None:
+            raise InputError(f"{self.target} loads no quantized inputs of ours; leave out --activations")
         if self.allocators and self.budget is None:
             raise InputError(f"--allocator {self.allocators[0]} plans within a size; give it a --budget")
 
@@ -152,6 +156,8 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
         check_plan(options.plan, network, menu, only)
     activations = quantizer_of(options.activations, options.plan, network)
     reach = reachable(network, menu, only, most_input_bytes(network, activations))
+    if activations is not None and menu.target is not None:
+        raise InputError(f"{menu.target.name} loads no quantized inputs of ours; leave the plan's activations out")
     if budget is not None:
         check_budget(budget, network, reach)
     if quality is not None:
@@ -195,33 +201,6 @@ def make_evaluation(
     return Evaluation(text, batches, same_source)
 
 
-def menu_of(options: Options, network: Network) -> tuple[Menu, dict[str, str]]:
-    """The recipes to try, and the sites where only one is."""
-    only = dict(site_and_recipe(entry, network, "--redo") for entry in options.redo)
-    if options.uniform is not None:
-        linear, table = uniform_recipes(parse_recipe(options.uniform), options.embeddings)
-        return Menu((linear,), (str(parse_recipe(table)),)), only
-    dtype = str(network.plain_dtype).removeprefix("torch.")
-    menu = make_menu(options.techniques, dtype)
-    for entry in options.fix:
-        site, recipe = site_and_recipe(entry, network, "--fix")
-        only.setdefault(site, recipe)
-    names = Sum("network", tuple(Leaf(s.name, ()) for s in network.tree.sites))
-    for pattern in options.keep:
-        matching(names, pattern)
-    return menu, only
-
-
-def site_and_recipe(entry: str, network: Network, option: str) -> tuple[str, str]:
-    site, equals, recipe = entry.partition("=")
-    if not equals:
-        raise InputError(f"{option} is written SITE=RECIPE, not {entry!r}")
-    names = [s.name for s in network.tree.sites if s.searched]
-    if site not in names:
-        raise InputError(f"{option} names a site {site!r} that the network does not have{nearest(site, names)}")
-    return site, str(parse_recipe(recipe))
-
-
 def reachable(network: Network, menu: Menu, only: dict[str, str], added: int = 0) -> Range:
     """Smallest and largest file that the menu can make, from shapes alone, and ``added`` bytes whatever is chosen."""
     fixed = header_fixed(METADATA) + added
@@ -263,7 +242,8 @@ def recipes_for(site: Site, menu: Menu, only: dict[str, str], network: Network) 
     if site.name in only:
         return (only[site.name],)
     outside = site.block is None and site.kind == "linear"
-    return (*menu.of(site.kind, site.columns), UNREACHED) if outside else menu.of(site.kind, site.columns)
+    offered = (*menu.kept(site, network.kept_spec(site)), *menu.offered(site))
+    return (*offered, *menu.unreached(site)) if outside else offered
 
 
 def check_budget(budget: Budget, network: Network, reach: Range) -> None:
@@ -289,12 +269,17 @@ def check_plan(path: str, network: Network, menu: Menu, only: dict[str, str]) ->
         asked = plan.sites[site.name].recipe
         if asked in menu.surgeons:
             continue
-        encoders = {recipe.rpartition("+")[2] for recipe in (*recipes_for(site, menu, only, network), UNREACHED)}
+        encoders = {
+            recipe.rpartition("+")[2] for recipe in (*recipes_for(site, menu, only, network), *menu.unreached(site))
+        }
         if asked.rpartition("+")[2] not in encoders:
             raise InputError(
                 f"the plan gives {site.name} the recipe {asked}, which these techniques do not try; "
                 f"add --redo {site.name}={asked} to encode it there"
             )
+    if menu.target is not None:
+        kept = {s.name: (plan.sites[s.name].recipe, s.columns) for s in network.tree.sites}
+        check_fused({n: v for n, v in kept.items() if v[0] not in menu.surgeons}, menu.target)
 
 
 def refuse_block_by_block(options: Options, menu: Menu) -> None:

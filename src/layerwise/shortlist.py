@@ -36,7 +36,7 @@ def _belongs(found: Candidates, site: SiteCandidates, recipe: str, menu: Menu, m
         return False
     if not site.reached:
         return True
-    offered = menu.of(site.site.kind, site.site.columns)
+    offered = menu.offered(site.site)
     if recipe in offered or (is_dense(recipe) and encoder_of(recipe) in offered):
         return True
     refused = found.refused.get(site.site.block or "", {})

@@ -178,11 +178,11 @@ def test_no_tokenizer(place: Place) -> None:
     refused_run(place, copy, ("has no tokenizer", "tokenizer.json"))
 
 
-def test_an_artifact_is_no_dense_network(place: Place) -> None:
+def test_what_another_tool_has_quantized_may_be_beyond_us(place: Place) -> None:
     copy = place.copy()
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "layerwise"}}))
-    refused_run(place, copy, ("quantized already", "start from the dense checkpoint"))
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    refused_run(place, copy, ("quantized already (bitsandbytes)", "start from the dense checkpoint"))
 
 
 # ---------------------------------------------------------------- what is asked for

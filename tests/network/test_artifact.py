@@ -139,7 +139,7 @@ def test_damaged_descriptions(tiny_llama: Path, pack: Any):
         return open_artifact(out)
 
     for change, message in (
-        ({"quant_method": "gptq"}, "not a layerwise artifact: its quant_method is 'gptq'"),
+        ({"quant_method": "hqq"}, "not a layerwise artifact: its quant_method is 'hqq'"),
         ({"format_version": 99}, "upgrade layerwise"),
         ({"format_version": "1"}, "whole number"),
         ({"sites": []}, "has no sites"),

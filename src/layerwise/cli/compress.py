@@ -41,6 +41,7 @@ def compress(
     device: shared.Device = "cpu",
     rewrite: shared.Rewrite = None,
     allocator: shared.Allocator = None,
+    target: shared.Target = None,
     activations: shared.Activations = None,
     work: shared.Work = None,
     sequential: Annotated[
@@ -68,6 +69,7 @@ def compress(
         fix=tuple(fix or ()), redo=tuple(redo or ()), seed=seed, threads=cores if threads is None else threads,
         workers=cores if workers is None else workers, dtype=dtype, device=device, work=work, sequential=sequential,
         tune=tune, baseline=not no_baseline, force=force, rewrite=rewrite, allocators=(allocator,) if allocator else (),
+        target=target,
         activations=activations,
     )  # fmt: skip
     if dry_run:

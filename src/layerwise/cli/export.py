@@ -15,10 +15,11 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="dense: a plain 16-bit checkpoint for any tool. gguf: a file for llama.cpp. "
-            "onnx: a folder for ONNX Runtime."
+            help="dense: a plain 16-bit checkpoint. compressed-tensors: packed, for vLLM and transformers. "
+            "gguf: a file for llama.cpp. onnx: a folder for ONNX Runtime."
         ),
     ] = "dense",
+    target: shared.Target = None,
     reencode: Annotated[
         bool, typer.Option("--reencode", help="Round again the sites that the format cannot hold exactly.")
     ] = False,
@@ -30,5 +31,5 @@ def export(
     """Write OUT in a form that needs no layerwise to load."""
     from layerwise.exporting import ExportOptions, export
 
-    for line in export(artifact, place, to, ExportOptions(force, reencode, evaluate)):
+    for line in export(artifact, place, to, ExportOptions(force, reencode, evaluate, target)):
         print(line)

@@ -56,6 +56,7 @@ def make(
     device: shared.Device = "cpu",
     rewrite: shared.Rewrite = None,
     allocator: shared.Allocator = None,
+    target: shared.Target = None,
     force: shared.Force = False,
     json: shared.Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def make(
         keep=tuple(keep or ()), fix=tuple(fix or ()), redo=tuple(redo or ()), seed=seed,
         threads=cores if threads is None else threads, workers=cores if workers is None else workers, dtype=dtype,
         device=device, rewrite=rewrite, allocators=(allocator,) if allocator else (),
+        target=target,
     )  # fmt: skip
     plan = plan_only(options, shared.Bar(quiet=json))
     if out is not None:

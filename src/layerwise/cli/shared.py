@@ -67,7 +67,10 @@ Activations = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="NAME", help="Quantize the inputs of linears too: token_int:bits=8."),
 ]
-
+Target = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="ENGINE", help="Make it loadable by transformers, vllm, llama.cpp or onnxruntime."),
+]
 
 UNFOLDED = 240  # columns
 

@@ -68,17 +68,7 @@ class GroupedInteger(PackedRows):
         return stored
 
     def spec(self) -> dict[str, Any]:
-        return {
-            "form": self.form,
-            "layout": LAYOUT_VERSION,
-            "shape": list(self.shape),
-            "bits": self.grid.bits,
-            "group": self.grid.group,
-            "symmetric": self.grid.symmetric,
-            "scale_bits": self.grid.scale_bits,
-            "float_zero": self.grid.float_zero,
-            **({"float_scale": True} if self.grid.float_scale else {}),
-        }
+        return integer_spec(self.grid, *self.shape)
 
     @classmethod
     def restore(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> GroupedInteger:
@@ -106,6 +96,21 @@ class GroupedInteger(PackedRows):
     def _decode(self, rows: slice | Tensor) -> Tensor:
         codes = unpack(self.packed[rows], self.fitted.columns, self.grid.bits)
         return points(codes, self.fitted.select(rows))
+
+
+def integer_spec(grid: Grid, rows: int, columns: int) -> dict[str, Any]:
+    """The spec of an integer form of this shape."""
+    return {
+        "form": GroupedInteger.form,
+        "layout": LAYOUT_VERSION,
+        "shape": [rows, columns],
+        "bits": grid.bits,
+        "group": grid.group,
+        "symmetric": grid.symmetric,
+        "scale_bits": grid.scale_bits,
+        "float_zero": grid.float_zero,
+        **({"float_scale": True} if grid.float_scale else {}),
+    }
 
 
 def integer_layout(grid: Grid, rows: int, columns: int) -> Layout:

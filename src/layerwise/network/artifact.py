@@ -31,6 +31,8 @@ from layerwise.network.arrangement import Arrangement
 from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config, stored_arrangement
 from layerwise.network.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
 from layerwise.network.companions import copy_companions
+from layerwise.network.packings import METHODS
+from layerwise.network.safetensors_file import TensorInfo
 
 METADATA = {"format": "pt"}  # transformers asks for it
 FileLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -247,6 +249,18 @@ class Artifact:
         spec = self.sites[site].inputs
         return [] if spec is None else [f"{site}.input{suffix}" for suffix in input_layout(spec)]
 
+    def bytes_of(self, site: str) -> int:
+        """Bytes of a site's tensors in the file."""
+        return sum(self.checkpoint.tensors[name].nbytes for name in self.stored(site).values())
+
+    def layout_at(self, site: str) -> dict[str, TensorInfo]:
+        """Suffix -> type and shape of what ``buffers`` gives, from headers alone."""
+        return {suffix: self.checkpoint.tensors[name] for suffix, name in self.stored(site).items()}
+
+    def buffers(self, site: str) -> dict[str, Tensor]:
+        """What a packed module of this site holds: suffix -> tensor."""
+        return {suffix: self.checkpoint.read(name) for suffix, name in self.stored(site).items()}
+
     def giving(self, inputs: Mapping[str, InputGrid]) -> Artifact:
         """The same weights, multiplied by inputs on these grids instead of what the artifact says."""
         return replace(self, _inputs=dict(inputs))
@@ -311,10 +325,15 @@ class Artifact:
 def open_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Open a saved result, reading headers only. Raises ``InputError`` for anything that is not one.
 
-    A directory without ``quantization_config`` opens as an artifact in which nothing is encoded.
+    A directory without ``quantization_config`` opens as an artifact in which nothing is encoded; one that another tool
+    has quantized opens with its encodings, where ``network/packings.py`` reads them.
     """
     checkpoint = open_checkpoint(path)
     described = checkpoint.config.get("quantization_config")
+    if isinstance(described, dict) and described.get("quant_method") in METHODS:
+        from layerwise.network.foreign import open_foreign
+
+        return open_foreign(checkpoint)
     artifact = Artifact(checkpoint, {} if described is None else parse_sites(described))
     _ = artifact.arrangement  # a damaged one is refused here
     wanted = {s: (f"{s}.weight", *artifact.stored_inputs(s)) for s in artifact.sites}

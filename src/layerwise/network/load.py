@@ -9,6 +9,8 @@ from torch import nn
 
 from layerwise.errors import InputError, nearest
 from layerwise.network.artifact import open_artifact
+from layerwise.network.experts import open_experts
+from layerwise.network.foreign import ForeignArtifact
 from layerwise.network.load_into import load_into
 from layerwise.network.norms import swap_recorded
 from layerwise.network.transformers_hook import install
@@ -45,9 +47,23 @@ def load(
             f"this version of transformers has no architecture named {architecture!r}{nearest(architecture, known)}; "
             f"give load(..., into=module) a module of your own class"
         )
+    if isinstance(artifact, ForeignArtifact):
+        return load_into(artifact, empty_module(artifact, kind), dtype, device)
     module: nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
         artifact.directory, dtype=dtype or "auto", local_files_only=True
     )
     if rms_norms:
         swap_recorded(module, artifact.config)
     return module.to(device).eval()
+
+
+def empty_module(artifact: ForeignArtifact, kind: type[nn.Module]) -> nn.Module:
+    """The network that another tool's checkpoint describes, in the type that it computes in, to be filled."""
+    wanted = artifact.config.get("dtype", artifact.config.get("torch_dtype"))
+    settings = kind.config_class.from_dict(  # type: ignore[attr-defined]
+        {k: v for k, v in artifact.config.items() if k != "quantization_config"}
+    )
+    module = kind(settings).to(getattr(torch, str(wanted), artifact.plain_dtype))
+    if any(site not in dict(module.named_modules()) for site in artifact.sites):
+        open_experts(module)
+    return module

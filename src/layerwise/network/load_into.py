@@ -27,8 +27,7 @@ def load_into(artifact: Artifact, module: nn.Module, dtype: torch.dtype | None, 
         )
     check_structure(artifact, module)
     remove_norms(module, norms_of(artifact.config))
-    tensors = artifact.checkpoint.tensors
-    add_biases(module, tensors)
+    add_biases(module, {name: artifact.checkpoint.tensors[name] for name in artifact.plain})
     pack_sites(artifact, module)
     fill(artifact, module)
     module.requires_grad_(False).eval().to(device)
@@ -78,20 +77,22 @@ def pack_sites(artifact: Artifact, module: nn.Module) -> None:
 
     from layerwise.network.transformers_quantizer import pack_modules, stored_layouts
 
-    tensors = artifact.checkpoint.tensors
-    pack_modules(module, artifact.sites, stored_layouts(tensors), stored_layouts(tensors, "input"))
+    layouts = {site: artifact.layout_at(site) for site in artifact.sites}
+    pack_modules(module, artifact.sites, layouts, stored_layouts(artifact.checkpoint.tensors, "input"))
 
 
 def fill(artifact: Artifact, module: nn.Module) -> None:
     """Give every parameter and buffer its stored value; packed ones as stored, others in the module's own type."""
     modules = dict(module.named_modules())
-    packed = {n for site in artifact.sites for n in (*artifact.stored(site).values(), *artifact.stored_inputs(site))}
-    for name in artifact.checkpoint.tensors:
+    for site in artifact.sites:
+        for suffix, value in artifact.buffers(site).items():
+            modules[site]._buffers[f"weight{suffix}"] = value
+        for name in artifact.stored_inputs(site):
+            modules[site]._buffers[name.removeprefix(f"{site}.")] = artifact.checkpoint.read(name)
+    for name in artifact.plain:
         path, _, leaf = name.rpartition(".")
         owner, value = modules[path], artifact.checkpoint.read(name)
-        if name in packed:
-            owner._buffers[leaf] = value
-        elif leaf in owner._parameters:
+        if leaf in owner._parameters:
             own: Tensor = owner._parameters[leaf]  # type: ignore[assignment]
             own.data = value.to(own.dtype)  # in place, so that tied parameters stay one
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.encoding.encoded import Encoded
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
 from layerwise.network.arrangement import Arrangement
@@ -92,6 +93,18 @@ class Network:
         rows = safetensors_file.read_rows(self.stored.place(parameter), index).float()
         return rows if change is None else change.apply(rows)
 
+    def kept(self, site: Site) -> Encoded | None:
+        """The form that a site came in, if the network was quantized already and nothing has rewritten it since."""
+        return None
+
+    def kept_spec(self, site: Site) -> Mapping[str, Any] | None:
+        """The spec of ``kept``, from headers alone."""
+        return None
+
+    def bytes_of(self, site: Site) -> int:
+        """Bytes of a site's matrix in the checkpoint."""
+        return self.stored.place(site.parameter).nbytes
+
     def read_site(self, site: Site) -> Tensor:
         """The stored matrix of a site, ``[rows, columns]`` float32."""
         return site.as_matrix(self.read(site.parameter))
@@ -170,9 +183,12 @@ class Network:
             if table in changes:
                 changes[head] = changes[table]
         return replace(
-            self, checkpoint=checkpoint, module=module, tree=tree, stored=StoredNames(module, checkpoint),
+            self, checkpoint=checkpoint, module=module, tree=tree, stored=self._names(module, checkpoint),
             changes=changes,
         )  # fmt: skip
+
+    def _names(self, module: nn.Module, checkpoint: Checkpoint) -> StoredNames:
+        return StoredNames(module, checkpoint)
 
 
 def open_network(source: str | Path, dtype: str = "auto") -> Network:
@@ -180,15 +196,20 @@ def open_network(source: str | Path, dtype: str = "auto") -> Network:
 
     dtype: what is not encoded is stored in; ``auto`` is float16, or bfloat16 for a bfloat16 checkpoint.
 
+    A checkpoint that is quantized already opens with its encodings kept (``network/stored.py``).
     Raises ``InputError`` in one sentence for anything that is not a loadable safetensors checkpoint of a network
     made of repeated blocks.
     """
     checkpoint = open_checkpoint(source)
     if "quantization_config" in checkpoint.config:
         settings = checkpoint.config["quantization_config"]
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
-        if stored_arrangement(settings) is None or settings.get("sites"):
-            raise InputError(f"{source} is quantized already ({method}); start from the dense checkpoint")
+        arranged = stored_arrangement(settings) is not None
+        if arranged and settings.get("sites"):
+            raise InputError(f"{source} is an encoded arrangement; start from the dense checkpoint it was made from")
+        if not arranged:
+            from layerwise.network.stored import open_stored
+
+            return open_stored(checkpoint, dtype)
     module = build_on_meta(checkpoint.architecture, checkpoint.config)
     plain = checkpoint.storage_dtype if dtype == "auto" else getattr(torch, dtype)
     return Network(checkpoint, module, find_sites(module), StoredNames(module, checkpoint), plain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -89,9 +90,12 @@ class StoredNames:
 
     Checkpoints of a bare model and of the same model under a head differ by the base model's prefix; a tied
     parameter is stored under any one of its names. ``inside``: experts that lie within a tensor that holds several.
+    ``packed``: parameters that are there in an encoded form, and the shapes that they decode to.
     """
 
-    def __init__(self, module: nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, module: nn.Module, checkpoint: Checkpoint, packed: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    ) -> None:
         prefix = getattr(module, "base_model_prefix", "") + "."
         stored = checkpoint.tensors
         self.of: dict[str, str] = {}
@@ -102,7 +106,7 @@ class StoredNames:
         experts: dict[str, TensorInfo] | None = None
         for names in parameter_owners(module).values():
             choices = [c for n in names for c in (n, prefix + n, n.removeprefix(prefix), renamed_norm(n))]
-            found = next((c for c in choices if c in stored), None)
+            found = next((c for c in choices if c in stored or c in packed), None)
             if found is None:
                 renamed = renamed_by_transformers(module, stored) if renamed is None else renamed
                 found = next((renamed[c] for c in choices if c in renamed), None)
@@ -121,6 +125,9 @@ class StoredNames:
                 f"its weights must belong to the architecture that config.json names"
             )
         for name, parameter in module.named_parameters(remove_duplicate=False):
+            if self.of[name] in packed:
+                check_packed(name, packed[self.of[name]], tuple(parameter.shape))
+                continue
             info = self.place(name)
             if tuple(info.shape) != tuple(parameter.shape):
                 raise InputError(
@@ -143,6 +150,12 @@ class StoredNames:
     def place(self, parameter: str) -> TensorInfo:
         """Where a parameter of the module lies."""
         return self.inside[parameter] if parameter in self.inside else self.tensors[self.of[parameter]]
+
+
+def check_packed(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """``InputError`` unless an encoded parameter decodes to the shape that the network wants."""
+    if shape != wanted:
+        raise InputError(f"{name} is encoded as {list(shape)}, but config.json asks for {list(wanted)}")
 
 
 def renamed_norm(name: str) -> str:

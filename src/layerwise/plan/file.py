@@ -3,6 +3,7 @@
     {"format": "layerwise-plan", "version": 1,
      "network":   {"name": …, "fingerprint": …, "parameters": dense parameters},
      "activations": "token_int:bits=8",   (only where inputs of linears are quantized)
+     "target":    "vllm",                 (only where the plan is for an engine, see ``targets``)
      "budget":    {"asked": "4.5bpw", "bytes": 12345},
      "predicted": {"bytes": exact size of the file, "damage": …, "loss": the damage's unit},
      "blocks":    {block: label of the alternative},
@@ -25,6 +26,7 @@ from typing import Any
 from layerwise.errors import InputError, nearest
 from layerwise.plan.neighbours import Step, all_neighbours
 from layerwise.plan.reading import MANY, Reader, read_json
+from layerwise.plan.targets import find_target
 from layerwise.plan.tree import Allocation, Candidate, Choice, Leaf, Node, Sum
 from layerwise.recipe import canonical, parse_activations, surgery
 
@@ -75,6 +77,7 @@ class PlanFile:
     blocks: dict[str, str]
     sites: dict[str, PlanSite]
     activations: str | None = None
+    target: str | None = None
 
     def check_against(self, sites: Iterable[str]) -> None:
         """Raise ``InputError`` unless the plan names exactly these sites."""
@@ -126,8 +129,9 @@ def make_plan(
     predicted: Predicted,
     parameters: Mapping[str, int],
     activations: str | None = None,
+    target: str | None = None,
 ) -> PlanFile:
-    """The plan file of an allocation; ``parameters`` are the weights of each site, ``activations`` the setting."""
+    """The plan file of an allocation; ``parameters`` are the weights of each site, the last two the run's settings."""
     around = all_neighbours(tree, allocation)
     sites = {
         name: PlanSite(
@@ -141,7 +145,7 @@ def make_plan(
         )
         for name, c in allocation.sites.items()
     }
-    return PlanFile(network, budget, predicted, dict(allocation.choices), sites, activations)
+    return PlanFile(network, budget, predicted, dict(allocation.choices), sites, activations, target)
 
 
 def write_plan(path: str | os.PathLike[str], plan: PlanFile) -> None:
@@ -157,6 +161,8 @@ def plan_text(plan: PlanFile) -> str:
     parts = {**head, **{key: asdict(getattr(plan, key)) for key in ("network", "budget", "predicted")}}
     if plan.activations is not None:
         parts["activations"] = plan.activations
+    if plan.target is not None:
+        parts["target"] = plan.target
     lines = [f" {_json(key)}: {_json(value)}," for key, value in parts.items()]
     lines.append(f' "blocks": {_lines({k: _json(v) for k, v in plan.blocks.items()})},')
     lines.append(f' "sites": {_lines({k: _json(asdict(v)) for k, v in plan.sites.items()})}')
@@ -173,7 +179,7 @@ def read_plan(path: str | os.PathLike[str]) -> PlanFile:
         raise InputError(
             f"the plan has version {version}, this layerwise reads up to {VERSION}; install a newer layerwise"
         )
-    top.only("format", "version", "network", "budget", "predicted", "blocks", "sites", "activations")
+    top.only("format", "version", "network", "budget", "predicted", "blocks", "sites", "activations", "target")
     network, budget, predicted = top.inner("network"), top.inner("budget"), top.inner("predicted")
     network.only("name", "fingerprint", "parameters")
     budget.only("asked", "bytes")
@@ -187,6 +193,7 @@ def read_plan(path: str | os.PathLike[str]) -> PlanFile:
         {block: blocks.text(block) for block in blocks.value},
         {site: _site(sites.inner(site), recipes) for site in sites.value},
         _activations(top) if "activations" in top.value else None,
+        _target(top) if "target" in top.value else None,
     )
 
 
@@ -195,6 +202,13 @@ def _activations(top: Reader) -> str:
         return str(parse_activations(top.text("activations")))
     except InputError as error:
         raise InputError(f"the plan has an impossible setting of activations: {error}") from None
+
+
+def _target(top: Reader) -> str:
+    found = find_target(top.text("target"))
+    if found is None:
+        raise InputError("the plan's target is no engine; leave it out of a plan for layerwise itself")
+    return found.name
 
 
 def _site(entry: Reader, recipes: dict[str, str]) -> PlanSite:

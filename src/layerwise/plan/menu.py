@@ -8,10 +8,12 @@ float16 factor a row: half the bytes of a float16 scale for an error that does n
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 from layerwise.errors import InputError
+from layerwise.plan.targets import Matrix, Target, described, spec_of
 from layerwise.recipe import Recipe, canonical, parse_recipe, parse_technique, surgery
 from layerwise.roles import Encoder, Rewrite
 from layerwise.technique import find
@@ -41,29 +43,65 @@ ELSEWHERE = {
     "allocator": "it solves for the plan and encodes nothing; write --allocator {name}",
     "scorer": "it orders changes and encodes nothing; leave it out",
 }  # role -> how a technique that encodes nothing is used
+KEPT = "kept"
+WIDE = 8  # bits at which a step for few columns buys nothing
 UNREACHED = "rtn:bits=8,group=0"  # a site the loss does not reach: small and safe, never searched
 
 
 @dataclasses.dataclass(frozen=True)
 class Menu:
-    """Recipe texts, canonical, per kind of site."""
+    """Recipe texts, canonical, per kind of site; with a target only those that its engine loads."""
 
     linear: tuple[str, ...]
     table: tuple[str, ...]
     surgeons: tuple[str, ...] = ()  # that may take whole blocks out
+    target: Target | None = None
+    plain: str = "dense"  # what keeps a site at 16 bits
+    keeps: bool = False  # whether a site may keep the encoding that it came in
 
     def of(self, kind: str, columns: int) -> tuple[str, ...]:
         """The recipes for a site of this kind and width, without those that are the same grid at this width."""
         recipes = self.table if kind in ("table", "head") else self.linear
         return _distinct([fitted(recipe, columns) for recipe in recipes])
 
+    def offered(self, site: Matrix) -> tuple[str, ...]:
+        """The recipes for a site: those of its kind and width that the target loads, 16 bits where it loads none."""
+        recipes = self.of(site.kind, site.columns)
+        if self.target is None:
+            return recipes
+        return tuple(r for r in recipes if self.target.refusal(spec_of(r), site) is None) or (self.plain,)
 
-def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
+    def kept(self, site: Matrix, spec: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """The recipe that stores again what a site came in, of the form ``spec``; none for a form that is no grid."""
+        if not self.keeps or spec is None or spec["form"] != "integer" or spec["float_zero"] or spec["scale_bits"] == 8:
+            return ()
+        if self.target is not None and self.target.refusal(spec, site) is not None:
+            return ()
+        symmetric = ",symmetric=true" if spec["symmetric"] else ""
+        return (str(parse_recipe(f"{KEPT}:bits={spec['bits']},group={spec['group']}{symmetric}")),)
+
+    def unreached(self, site: Matrix) -> tuple[str, ...]:
+        """The recipes for a site that the loss does not reach: one, unless its neighbours in the engine decide."""
+        if self.target is None:
+            return (UNREACHED,)
+        if any(site.name.rpartition(".")[2] in names for names in self.target.fused):
+            return self.offered(site)
+        widest = [
+            f"rtn:bits={max(g.bits)},group={group},symmetric={str(g.symmetric).lower()}"
+            for g in self.target.grids(site)
+            for group in sorted(g.groups, key=lambda group: -(group or site.columns))
+        ]
+        fits = [str(parse_recipe(r)) for r in widest if self.target.refusal(spec_of(r), site) is None]
+        return (fits[0] if fits else self.plain,)
+
+
+def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = None) -> Menu:
     """The menu of some techniques: ``["gptq", "awq+rtn", "hqq:bits=3,group=64"]``.
 
     A technique without options stands for its whole range of widths and groups; one with options for itself alone. A
     surgeon adds the removal of blocks to whatever else is asked for.
-    The 16-bit candidate is always there.
+    The 16-bit candidate is always there. With a target, ranges are those that its engine loads; raises ``InputError``
+    for a technique that makes nothing of the kind.
     """
     linear: list[str] = []
     table: list[str] = []
@@ -73,20 +111,54 @@ def make_menu(techniques: Sequence[str], dtype: str) -> Menu:
         chain, encoder = _parts(text)
         if ":" in text:
             recipe = str(parse_recipe(text))
+            if target is not None:
+                check_held(recipe, target)
             linear.append(recipe)
             table.append(str(parse_recipe(recipe).encoder))
             continue
         for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
             prefix = "+".join(chain) + "+" if chain and out is linear else ""
             named = DEFAULT_TECHNIQUES[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
-            made = [parse_recipe(prefix + setting) for setting in _settings(named, grids)]
+            settings = _settings(named, grids) if target is None else target_settings(named, target)
+            made = [parse_recipe(prefix + setting) for setting in settings]
             out += [str(_quick(recipe) if out is table else recipe) for recipe in made]
     if not others:
-        linear += [str(parse_recipe(recipe)) for recipe in BELOW_TWO_BITS]
+        small = BELOW_TWO_BITS if target is None else [f"ternary:group={g},feedback=true" for g in target.ternary]
+        linear += [str(parse_recipe(recipe)) for recipe in small]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
-    return Menu(
-        _distinct([*linear, plain]), _distinct([*table, plain]), _distinct([canonical(text) for text in surgeons])
-    )
+    plain = str(parse_recipe(plain))
+    gone = _distinct([canonical(text) for text in surgeons])
+    return Menu(_distinct([*linear, plain]), _distinct([*table, plain]), gone, target, plain, True)
+
+
+def check_held(recipe: str, target: Target) -> None:
+    """``InputError`` for a recipe whose form the target's engine loads at no linear."""
+    if not target.holds(spec_of(recipe)):
+        raise InputError(
+            f"{recipe} stores {described(spec_of(recipe))}, which {target.name} does not load; it takes "
+            f"{' or '.join(str(g) for g in target.linear)}"
+        )
+
+
+def target_settings(name: str, target: Target) -> list[str]:
+    """An encoder's settings among what a target's engine loads; of the widest grids only those with few steps."""
+    encoder = find(name)
+    fields = {f.name for f in dataclasses.fields(encoder)}  # type: ignore[arg-type]
+    if {"bits", "group", "symmetric"} <= fields and not encoder.menu:
+        made = [
+            f"{name}:bits={bits},group={group}" + (",symmetric=true" if grids.symmetric else "")
+            for grids in target.planned or target.linear
+            for bits in grids.bits
+            for group in (grids.groups if bits < WIDE else sorted(grids.groups, key=lambda g: g or 1 << 30)[-2:])
+        ]
+    else:
+        made = [f"{name}:{options}" for options in encoder.menu] or [name]
+    held = [setting for setting in made if target.holds(spec_of(setting))]
+    if not held:
+        raise InputError(
+            f"{name} makes nothing that {target.name} loads: it takes {' or '.join(str(g) for g in target.linear)}"
+        )
+    return held
 
 
 def uniform_recipes(recipe: Recipe, embeddings: str) -> tuple[str, str]:
