@@ -9,8 +9,8 @@ from tests.command import layerwise
 from tests.export.artifacts import artifact
 
 from layerwise.errors import InputError
-from layerwise.exporting import ExportOptions, export
 from layerwise.export.gguf import rounded
+from layerwise.exporting import ExportOptions, export
 from layerwise.network.artifact import open_artifact
 from layerwise.network.network import open_network
 from layerwise.rounding_loss import loss_of_rounding
