@@ -25,11 +25,12 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.technique import ActivationQuantizer, Blueprint, NetworkRewrite, Probe, Technique, find
+from layerwise.technique import ActivationQuantizer, Blueprint, Distiller, NetworkRewrite, Probe, Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
 from layerwise.trials.by_loss import ROLES as BY_LOSS
 from layerwise.trials.by_loss import Ground, Trial
+from layerwise.trials.distillers import distiller_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.probes import probe_trials
 from layerwise.wanted import wanted_of
@@ -40,6 +41,7 @@ ROLES = {
     Probe.role: probe_trials,
     ActivationQuantizer.role: activation_trials,
     Blueprint.role: blueprint_trials,
+    Distiller.role: distiller_trials,
 }
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout

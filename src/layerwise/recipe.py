@@ -15,6 +15,7 @@ from layerwise.technique import (
     ActivationQuantizer,
     Allocator,
     Blueprint,
+    Distiller,
     Encoder,
     Probe,
     Rewrite,
@@ -134,6 +135,11 @@ def parse_activations(text: str) -> ActivationQuantizer:
 def parse_blueprint(text: str) -> Blueprint:
     """``osp:projections=false`` -> a blueprint; another kind of technique, or none, names the blueprints there are."""
     return _of_role(text, Blueprint, "the blueprint", "is no blueprint", "the blueprints are {}")  # type: ignore[type-abstract]
+
+
+def parse_distiller(text: str) -> Distiller:
+    """``ted:steps=400`` -> a distiller; another kind of technique, or none, names the distillers there are."""
+    return _of_role(text, Distiller, "the distiller", "distils nothing", "the distillers are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:

@@ -1,0 +1,83 @@
+"""TinyCLIP: an encoder of pairs is distilled by its table of similarities, not by its vectors.
+
+With unit vectors u_i of one side and v_j of the other in a batch of N pairs, and a temperature tau,
+
+    A[i, j] = softmax_j(u_i . v_j / tau),   B[i, j] = softmax_i(u_i . v_j / tau)
+    L = KL(A^teacher || A^student) + KL(B^teacher || B^student)           (the paper's cross-entropies, less a constant)
+
+The table is all that retrieval uses. It does not change when a network turns all of its vectors by one orthogonal map,
+nor does it ask for vectors of the teacher's width, so the student is free in what its vectors are. The teacher's tau is
+given; the student learns its own. The student should begin from parts of the teacher's weights, as the paper does
+(``distill/inherit.py``; ``drop_block`` and structured pruning make such students too).
+
+Source: K. Wu et al., "TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance", arXiv 2309.12314.
+Choices of ours: both sides go through one encoder of texts (even rows of a batch against odd rows, which in a file of
+pairs are the two texts of a pair); the contrastive loss on true pairs is left out, as it is the paper's default.
+``mimic=vectors`` lowers the squared distance of the vectors instead, the ablation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from layerwise.technique import Distiller, option, technique
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layerwise.distill.lesson import Distilled, Lesson
+
+FEWEST = 4  # texts on a side: fewer make a table in which nothing is told apart
+
+
+@technique(
+    paper="TinyCLIP",
+    left_out="an image tower beside the text tower, learned masks that choose which weights are inherited, "
+    "and the contrastive loss on true pairs",
+)
+class Tinyclip(Distiller):
+    """The student learns the teacher's table of similarities between the texts of a batch."""
+
+    rivals = ("logits", "hidden", "tinyclip:mimic=vectors")
+    studies = ("encoder",)
+
+    steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
+    sequences: int = option(64, minimum=2, maximum=65536, help="texts a step, half of them a side")
+    rate: float = option(0.001, minimum=0, maximum=1, help="peak rate")
+    temperature: float = option(0.05, minimum=0.001, maximum=10, help="of the teacher's similarities")
+    mimic: str = option("affinity", choices=("affinity", "vectors"), help="what is copied")
+
+    def check(self, lesson: Lesson) -> None:
+        from layerwise.distill._outputs import check_widths
+        from layerwise.errors import InputError
+
+        if not lesson.embeds:
+            raise InputError("tinyclip compares the vectors of texts, and this network predicts; take a bare encoder")
+        if max(len(lesson.taught(part).output) for part in range(min(4, lesson.parts))) < 2 * FEWEST:
+            raise InputError(f"tinyclip needs at least {2 * FEWEST} texts a step; give it more sequences")
+        if self.mimic == "vectors":
+            check_widths(self, lesson)
+
+    def distill(self, lesson: Lesson) -> Distilled:
+        import math
+
+        import torch
+        from torch import nn
+
+        from layerwise.distill._tables import affinity_gap
+        from layerwise.distill._training import fit
+
+        self.check(lesson)
+        beside = nn.ParameterDict({"tau": nn.Parameter(torch.tensor(math.log(self.temperature)))})
+
+        def loss(step: int, part: int) -> Tensor:
+            other, mine = lesson.taught(part).output, lesson.see(lesson.student, part).output
+            if self.mimic == "vectors":
+                return lesson.distances(other, mine).mean() + 0.0 * beside["tau"]
+            return affinity_gap(other, mine, self.temperature, beside["tau"].exp())
+
+        def judge(part: int) -> tuple[Tensor, int]:
+            other, mine = lesson.taught(part).output, lesson.see(lesson.student, part).output
+            return affinity_gap(other, mine, self.temperature, beside["tau"].exp()) * len(mine), len(mine)
+
+        return fit(self, lesson, self.rate, loss, extra=beside, judge=judge)
