@@ -144,6 +144,9 @@ def test_a_seed_decides_everything_and_a_killed_run_goes_on(ready: Ready, lesson
             if self.left == 0:
                 raise Killed
 
+        def due(self) -> bool:
+            return True
+
     kept = Kept()
     with pytest.raises(Killed):
         distiller.distill(ready.lesson(keeper=kept))

@@ -25,6 +25,7 @@ from layerwise.cli import (
     probe,
     report,
     train,
+    tune,
 )
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
@@ -49,10 +50,11 @@ app.command("papers")(papers.papers)
 app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
 
-RESUMABLE = ("compress", "calibrate", "plan")
+RESUMABLE = ("compress", "calibrate", "plan", "tune")
 INTERRUPTED = 130
 
 

@@ -38,9 +38,15 @@ def orthonormal(columns: int, rows: int, generator: torch.Generator) -> nn.Linea
     return made
 
 
-def gap(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference, as a share of the teacher's mean square: layers of any scale count alike."""
-    return (student - teacher).square().mean() / teacher.square().mean().clamp(min=1e-12)
+def gap(student: Tensor, teacher: Tensor, mass: Tensor | None = None) -> Tensor:
+    """Mean squared difference, as a share of the teacher's mean square: layers of any scale count alike.
+
+    mass: of each row [rows, 1]; all alike if None.
+    """
+    apart, own = (student - teacher).square(), teacher.square()
+    if mass is not None:
+        apart, own = mass * apart, mass * own
+    return apart.mean() / own.mean().clamp(min=1e-12)
 
 
 def gaps(

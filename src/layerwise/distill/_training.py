@@ -2,8 +2,8 @@
 
     rate(step) = peak * min(1, (step + 1) / W) * (0.05 + 0.95 (1 + cos(pi step / steps)) / 2),   W = steps / 20
 
-A fifth of the way apart the judged error is taken and everything that the run is made of goes to the lesson's keeper,
-so that a killed run goes on and ends in the same bits as one that was not.
+A fifth of the way apart the judged error is taken. Everything that the run is made of goes to the lesson's keeper, so
+that a killed run goes on and ends in the same bits as one that was not.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ def fit(
             lesson.stepped()
             if (step + 1) % look == 0 or step + 1 == steps:
                 run.look(step + 1)
+            elif lesson.keeper is not None and lesson.keeper.due():
+                run.keep(step + 1)
         return run.finish()
     finally:
         for parameter, before in asked:
@@ -114,10 +116,13 @@ class _Run:
         self.adam.step()
 
     def look(self, done: int) -> None:
-        self.done = done
         error = self.error()
         if error < self.least:
             self.least, self.best = error, {n: p.detach().clone() for n, p in self.own.items()}
+        self.keep(done)
+
+    def keep(self, done: int) -> None:
+        self.done = done
         if self.lesson.keeper is not None:
             self.lesson.keeper.save(self.state())
 

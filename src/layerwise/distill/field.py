@@ -44,7 +44,7 @@ class GridField(Field):
     def __init__(self, size: int = 24, features: int = 16, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
         super().__init__(features, generator)
-        self.grid = nn.Parameter(0.1 * torch.randn(1, features, size, size, size, generator=generator))
+        self.grid = nn.Parameter(torch.zeros(1, features, size, size, size))  # space that no ray teaches stays even
 
     def features(self, points: Tensor) -> Tensor:
         at = points.view(1, 1, 1, -1, 3)
@@ -149,6 +149,11 @@ class FieldLesson(Lesson):
 
     def see(self, module: nn.Module, part: int, without: Collection[int] = ()) -> Seen:
         return rendered(module, *points_of(*self.rays[part], self.samples))
+
+    def mass(self, teacher: Seen) -> Tensor:
+        """Half of it where the teacher's points are seen, half evenly: most of space is empty, and must stay so."""
+        weights, _ = ray_weights(teacher.states[1].view(-1, self.samples), (FAR - NEAR) / self.samples)
+        return (weights + weights.mean()).view(-1, 1)
 
     def distances(self, teacher: Tensor, student: Tensor) -> Tensor:
         return (teacher - student).square().mean(-1)

@@ -37,6 +37,9 @@ class Keeper(Protocol):
 
     def save(self, state: Mapping[str, Tensor]) -> None: ...
 
+    def due(self) -> bool:
+        """Whether enough time has gone by since the last ``save`` to make another between two looks."""
+
 
 class Lesson(ABC):
     """A student, its teacher and data.
@@ -75,6 +78,10 @@ class Lesson(ABC):
     def finish(self, state: Tensor, part: int) -> Tensor:
         """The output that the teacher makes of a last state [rows, its width], differentiable in the state."""
         raise NotImplementedError
+
+    def mass(self, teacher: Seen) -> Tensor | None:
+        """How much each row of the states bears on the output [rows, 1]; None where all count alike."""
+        return None
 
     def labels(self, part: int) -> Tensor | None:
         """What the data itself says of each term, int64 [terms], -100 where it says nothing; None without labels."""

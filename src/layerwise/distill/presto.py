@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 class Presto(Distiller):
     """The student learns the teacher's outputs at every depth, its last block always kept."""
 
-    rivals = ("logits", "presto:keep=first", "presto:variance=0.0")
+    rivals = ("logits", "presto:keep=first")
     studies = ("depths",)
 
     steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
@@ -83,4 +83,12 @@ class Presto(Distiller):
         def loss(step: int, part: int) -> Tensor:
             return at(blocks if step % 2 else depths[step], part)
 
-        return fit(self, lesson, self.rate, loss)
+        def judge(part: int) -> tuple[Tensor, int]:
+            """At full depth, and at one of the others in turn."""
+            wanted, sums = lesson.taught(part).output, []
+            for depth in (blocks, least + part % (blocks - least + 1)):
+                mine = lesson.see(lesson.student, part, without_at(depth, blocks, self.keep)).output
+                sums.append(lesson.distances(wanted, mine).sum())
+            return torch.stack(sums).mean(), len(wanted)
+
+        return fit(self, lesson, self.rate, loss, judge=judge)

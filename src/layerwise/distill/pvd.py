@@ -6,15 +6,16 @@
 
 Made for fields: a network that gives features, density and colour at a point in space, and pixels only by summing many
 points along a ray. There a = features, b = logarithm of the density, clipped to [-2, 7], and colour, and the output is
-pixels; beyond the clip space is empty, or opaque, whatever the value, and raw densities would outweigh all else.
+pixels; beyond the clip space is empty, or opaque, whatever the value, and raw densities would outweigh all else. Points
+count half by how much of a pixel they make and half evenly: taught evenly alone, a student spends itself on empty space.
 Student and teacher may be of different architectures: a learnt map on the student's side stands between features of
 different widths. On any other network the first half of its blocks is a and the second b.
 
 Source: S. Fang et al., "One is All: Bridging the Gap Between Neural Radiance Fields Architectures with Progressive
-Volume Distillation", arXiv 2211.15977. Chosen where it was left open: the stages' shares, all weights 1, errors as a
-share of the teacher's mean square, and that w falls to zero over stage C. ``density=raw`` and ``density=log`` leave
-the logarithm or the clip out, ``stages=false`` is stage C from the start: the ablations. It converts one architecture
-into another, and is no compression by itself.
+Volume Distillation", arXiv 2211.15977. Chosen where it was left open: the stages' shares, w = 0.1, errors as a share of
+the teacher's mean square, the points' weights, and that w falls to zero over stage C. ``density=raw`` and
+``density=log`` leave the logarithm or the clip out, ``stages=false`` is stage C from the start: the ablations. It
+converts one architecture into another, and is no compression by itself.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ class Pvd(Distiller):
     steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
     rate: float = option(0.001, minimum=0, maximum=1, help="peak rate")
-    first: float = option(0.2, minimum=0, maximum=1, help="share of the steps for the shallow states alone")
-    second: float = option(0.3, minimum=0, maximum=1, help="share of the steps for all states")
-    weight: float = option(1.0, minimum=0, maximum=1000, help="of the states")
+    first: float = option(0.1, minimum=0, maximum=1, help="share of the steps for the shallow states alone")
+    second: float = option(0.2, minimum=0, maximum=1, help="share of the steps for all states")
+    weight: float = option(0.1, minimum=0, maximum=1000, help="of the states")
     density: str = option("clipped", choices=("clipped", "log", "raw"), help="how a field's density is compared")
     stages: bool = option(True, help="states before the output; false begins with the last stage")
 
@@ -75,13 +76,13 @@ class Pvd(Distiller):
 
         def loss(step: int, part: int) -> Tensor:
             other, mine = lesson.taught(part), lesson.see(lesson.student, part)
-            terms = []
+            mass, terms = lesson.mass(other), []
             for place, ((k, j), own) in enumerate(zip(matched, maps, strict=True)):
                 if place < shallow or step >= until_b:
                     their, state = other.states[j], own(mine.states[k])
                     if names[k] == "density":
                         their, state = (self.compared(x) for x in (their, state))
-                    terms.append(gap(state, their))
+                    terms.append(gap(state, their, mass))
             inner = self.weight * torch.stack(terms).mean()
             if step < until_c:
                 return inner

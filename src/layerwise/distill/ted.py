@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from layerwise.distill.lesson import Distilled, Lesson, Seen
 
 
+CLOSED = 0.1  # of a projection, where a filter's training begins
+
+
 @technique(paper="TED", left_out="labels of a fine-tuned task, heads of their own for the filters, non-linear filters")
 class Ted(Distiller):
     """The student learns the teacher's outputs, and what of its hidden states learnt filters let through."""
@@ -107,4 +110,6 @@ class Ted(Distiller):
         up = orthonormal(rank, out, generator)
         if width == out:
             up.weight.data.copy_(down.weight.data.T)
+        if self.learned:  # nearly closed: what no prediction asks for never grows
+            up.weight.data.mul_(CLOSED)
         return nn.Sequential(down, up)

@@ -6,13 +6,14 @@ With unit vectors u_i of one side and v_j of the other in a batch of N pairs, an
     L = KL(A^teacher || A^student) + KL(B^teacher || B^student)           (the paper's cross-entropies, less a constant)
 
 The table is all that retrieval uses. It does not change when a network turns all of its vectors by one orthogonal map,
-nor does it ask for vectors of the teacher's width, so the student is free in what its vectors are. The teacher's tau is
-given; the student learns its own. The student should begin from parts of the teacher's weights, as the paper does
+nor does it ask for vectors of the teacher's width, so the student is free in what its vectors are. The student
+should begin from parts of the teacher's weights, as the paper does
 (``distill/inherit.py``; ``drop_block`` and structured pruning make such students too).
 
 Source: K. Wu et al., "TinyCLIP: CLIP Distillation via Affinity Mimicking and Weight Inheritance", arXiv 2309.12314.
-Choices of ours: both sides go through one encoder of texts (even rows of a batch against odd rows, which in a file of
-pairs are the two texts of a pair); the contrastive loss on true pairs is left out, as it is the paper's default.
+Choices of ours: both sides go through one encoder of texts (even rows of a batch against odd rows, whether
+or not they belong together); one tau serves both networks, since a
+plain checkpoint has no place for another; the contrastive loss on true pairs is left out, as is the paper's default.
 ``mimic=vectors`` lowers the squared distance of the vectors instead, the ablation.
 """
 
@@ -33,7 +34,7 @@ FEWEST = 4  # texts on a side: fewer make a table in which nothing is told apart
 @technique(
     paper="TinyCLIP",
     left_out="an image tower beside the text tower, learned masks that choose which weights are inherited, "
-    "and the contrastive loss on true pairs",
+    "a temperature of the student's own, and the contrastive loss on true pairs",
 )
 class Tinyclip(Distiller):
     """The student learns the teacher's table of similarities between the texts of a batch."""
@@ -44,7 +45,7 @@ class Tinyclip(Distiller):
     steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(64, minimum=2, maximum=65536, help="texts a step, half of them a side")
     rate: float = option(0.001, minimum=0, maximum=1, help="peak rate")
-    temperature: float = option(0.05, minimum=0.001, maximum=10, help="of the teacher's similarities")
+    temperature: float = option(0.05, minimum=0.001, maximum=10, help="of the similarities")
     mimic: str = option("affinity", choices=("affinity", "vectors"), help="what is copied")
 
     def check(self, lesson: Lesson) -> None:
@@ -59,25 +60,19 @@ class Tinyclip(Distiller):
             check_widths(self, lesson)
 
     def distill(self, lesson: Lesson) -> Distilled:
-        import math
-
-        import torch
-        from torch import nn
-
         from layerwise.distill._tables import affinity_gap
         from layerwise.distill._training import fit
 
         self.check(lesson)
-        beside = nn.ParameterDict({"tau": nn.Parameter(torch.tensor(math.log(self.temperature)))})
 
         def loss(step: int, part: int) -> Tensor:
             other, mine = lesson.taught(part).output, lesson.see(lesson.student, part).output
             if self.mimic == "vectors":
-                return lesson.distances(other, mine).mean() + 0.0 * beside["tau"]
-            return affinity_gap(other, mine, self.temperature, beside["tau"].exp())
+                return lesson.distances(other, mine).mean()
+            return affinity_gap(other, mine, self.temperature, self.temperature)
 
         def judge(part: int) -> tuple[Tensor, int]:
             other, mine = lesson.taught(part).output, lesson.see(lesson.student, part).output
-            return affinity_gap(other, mine, self.temperature, beside["tau"].exp()) * len(mine), len(mine)
+            return affinity_gap(other, mine, self.temperature, self.temperature) * len(mine), len(mine)
 
-        return fit(self, lesson, self.rate, loss, extra=beside, judge=judge)
+        return fit(self, lesson, self.rate, loss, judge=judge)

@@ -5,8 +5,8 @@ are equal too. Smaller is better in every metric.
 
 text      the ground's network is the teacher, 3 of 5 of its blocks the student; held-out loss between the two
 depths    4 of 5 blocks; the same loss, and with one and with two blocks left out of the student as it is
-encoder   a small encoder is trained on the calibration text so that a line finds the line after it; half of its blocks
-          are the student; how often the right line is missed among 100, and how far the similarity tables are apart
+encoder   a small encoder is trained so that some words of two lines find other words of them; half of its blocks are
+          the student; how often the right one is missed among 100, and how far the similarity tables are apart
 field     a grid of features is fitted to pictures of four coloured blobs, a perceptron of waves is the student;
           squared error of the pixels on views that neither saw
 """
@@ -33,25 +33,27 @@ from layerwise.technique import Distiller, find
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 
 PIXELS = "squared error of pixels on held-out views"
-MISSES = "share of lines whose next line is not first of 100"
+MISSES = "share of texts whose other half is not first of 100"
 TABLES = "held-out KL between the tables of similarities"
 POOL = 100
+RATE = 0.001
+FIELD_RATE = 0.005  # a field starts from nothing
 
 
 @dataclass(frozen=True)
 class Study:
     """How large the experiments are."""
 
-    steps: int = 60
+    steps: int = 40
     sequences: int = 4  # of text
-    texts: int = 64  # of an encoder
+    texts: int = 48  # of an encoder
     blocks: float = 0.6
     kept_blocks: float = 0.8  # of the study of depths
     shallower: tuple[int, ...] = (1, 2)
     judged: int = 8
-    held_out: int = 32
-    encoder: tuple[int, int, int] = (96, 4, 150)  # width, blocks, steps
-    field: tuple[int, int, int] = (300, 240, 24)  # steps of the teacher, of the student; pixels of a side
+    held_out: int = 24
+    encoder: tuple[int, int, int] = (96, 4, 120)  # width, blocks, steps
+    field: tuple[int, int, int] = (300, 400, 24)  # steps of the teacher, of the student; pixels of a side
 
 
 STUDY = Study()
@@ -63,14 +65,15 @@ def distiller_trials(ground: Ground, technique: str, study: Study = STUDY) -> li
     return [trial for name in cls.studies for trial in STUDIES[name](ground, technique, study)]
 
 
-def settings(technique: str, steps: int, sequences: int, without: str = "\0") -> tuple[Distiller, list[Distiller]]:
+def settings(
+    technique: str, steps: int, sequences: int, rate: float = RATE, without: str = "\0"
+) -> tuple[Distiller, list[Distiller]]:
     """(the technique, its rivals), at one pace: what the technique was given, or the study's own."""
     given = technique.partition(":")[2]
     mine = parse_distiller(technique)
     pace: dict[str, Any] = {}
-    for name, value in (("steps", steps), ("sequences", sequences)):
+    for name, value in (("steps", steps), ("sequences", sequences), ("rate", rate)):
         pace[name] = getattr(mine, name) if f"{name}=" in given else value
-    pace["rate"] = mine.rate  # type: ignore[attr-defined]
     mine = replace(mine, **pace)  # type: ignore[type-var]
     rivals = []
     for text in mine.rivals:
@@ -97,7 +100,7 @@ def depth_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
 
 
 def _of_text(ground: Ground, technique: str, study: Study, share: float, shallower: tuple[int, ...]) -> list[Trial]:
-    mine, rivals = settings(technique, study.steps, study.sequences, "density=")
+    mine, rivals = settings(technique, study.steps, study.sequences, without="density=")
     teacher = load(ground.network.checkpoint.directory, dtype=torch.float32)
     count = len(find_blocks(teacher))
     kept = even_blocks(count, max(1, round(share * count)))
@@ -171,7 +174,8 @@ def encoder_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
     seed, prepared = ground.prepared.options.seed, ground.prepared
     width, blocks, steps = study.encoder
     lines, held = (
-        pair_texts(text.documents, prepared.tokenizer) for text in (prepared.calibration_text, prepared.evaluation.text)
+        pair_texts(text.documents, prepared.tokenizer, seed)
+        for text in (prepared.calibration_text, prepared.evaluation.text)
     )
     teacher = drawn_encoder(len(prepared.tokenizer), width, blocks, seed)
     with ground.watch.stage("train the encoder", steps) as advance:
@@ -210,12 +214,16 @@ def encoder_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
     ]
 
 
-def pair_texts(documents: Sequence[tuple[str, ...]], tokenizer: Any, length: int = 32) -> list[list[int]]:
-    """Token ids of lines and the lines after them, in turn."""
+def pair_texts(documents: Sequence[tuple[str, ...]], tokenizer: Any, seed: int, length: int = 32) -> list[list[int]]:
+    """Token ids of two lines at a time, each time twice: two draws of two thirds of the tokens, in their order."""
+    generator = torch.Generator().manual_seed(seed)
     found: list[list[int]] = []
     for document in documents:
-        ids = [i for i in tokenizer(list(document), truncation=True, max_length=length)["input_ids"] if len(i) > 3]
-        found += ids[: len(ids) // 2 * 2]
+        texts = [" ".join(document[i : i + 2]) for i in range(0, len(document) - 1, 2)]
+        for ids in tokenizer(texts, truncation=True, max_length=length)["input_ids"] if texts else ():
+            for _ in range(2 if len(ids) > 5 else 0):
+                kept = torch.randperm(len(ids), generator=generator)[: 2 * len(ids) // 3].sort().values
+                found.append([ids[i] for i in kept.tolist()])
     return found
 
 
@@ -234,7 +242,7 @@ def drawn_encoder(words: int, width: int, blocks: int, seed: int) -> nn.Module:
 def contrast(
     encoder: nn.Module, lines: list[list[int]], steps: int, texts: int, seed: int, advance: Callable[[], None]
 ) -> None:
-    """Train an encoder so that a line is nearest to the line after it, among those of a batch."""
+    """Train an encoder so that the two of a pair are nearest to each other, among those of a batch."""
     from layerwise.distill._tables import tables
 
     generator, loss = torch.Generator().manual_seed(seed), Loss("distance")
@@ -254,7 +262,7 @@ def contrast(
 
 @torch.inference_mode()
 def retrieval(lesson: TextLesson) -> tuple[float, float]:
-    """(share of lines whose next line is not the nearest of its pool, KL between the two tables)."""
+    """(share of texts whose other half is not the nearest of its pool, KL between the two tables)."""
     from layerwise.distill._tables import affinity_gap, tables
 
     missed = apart = 0.0
@@ -271,7 +279,7 @@ def retrieval(lesson: TextLesson) -> tuple[float, float]:
 
 def field_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
     first, steps, pixels = study.field
-    mine, rivals = settings(technique, steps, 1)
+    mine, rivals = settings(technique, steps, 1, FIELD_RATE)
     seed = ground.prepared.options.seed
     train, held = views(12, pixels, seed), views(4, pixels, seed + 1000)
     teacher = GridField(seed=seed)
