@@ -6,6 +6,7 @@ Which text is trained on, judged on and measured on: seven eighths of the calibr
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -131,7 +132,9 @@ def prepare_distillation(asked: Distillation) -> Ready:
         raise InputError(f"{text.source} is too short to be divided into text to train and to judge on; give more text")
     count = asked.sequences
     train = batches_of(documents[:cut], tokenizer, loss.causal, count, length)
-    judge = batches_of(documents[cut:], tokenizer, loss.causal, max(4, JUDGED * count), length)
+    judge = batches_of(
+        documents[cut:], tokenizer, loss.causal, max(math.ceil(FEWEST_TOKENS / length), JUDGED * count), length
+    )
     evaluation = batches_of(held_out.documents, tokenizer, loss.causal, max(64, count // 4), length)
     for batches, source in ((train, text), (judge, text), (evaluation, held_out)):
         if tokens_in(batches) < FEWEST_TOKENS:

@@ -16,6 +16,11 @@ Source: Z. Novack et al., "Presto! Distilling Steps and Layers for Accelerating 
 code). There the depth follows the noise level of a diffusion transformer and is told to the network by an embedding.
 Here there is neither noise nor a place for an embedding in a plain checkpoint: the depth is drawn. The variance term is
 our completion; the paper keeps the variance by the rule alone. ``keep=first`` is ASE's rule, the ablation.
+
+Measured on ``examples/docs-lm``, 4 of its 5 blocks, 40 steps, two seeds, held-out KL to the dense network: with two
+blocks left out 1.60 against 1.78 for ASE's rule and 1.79 for plain logits; with one left out 1.14 against 1.05 and
+1.23; at full depth 0.657 against 0.645 and 0.618. So the last block is worth keeping when much is left out, and on
+this small network not when little is; and what other depths learn is paid for at full depth.
 """
 
 from __future__ import annotations

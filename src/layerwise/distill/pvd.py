@@ -7,7 +7,7 @@
 Made for fields: a network that gives features, density and colour at a point in space, and pixels only by summing many
 points along a ray. There a = features, b = logarithm of the density, clipped to [-2, 7], and colour, and the output is
 pixels; beyond the clip space is empty, or opaque, whatever the value, and raw densities would outweigh all else. Points
-count half by how much of a pixel they make and half evenly: taught evenly alone, a student spends itself on empty space.
+count half by how much of a pixel they make and half evenly; evenly alone, a student would spend itself on empty space.
 Student and teacher may be of different architectures: a learnt map on the student's side stands between features of
 different widths. On any other network the first half of its blocks is a and the second b.
 

@@ -182,7 +182,10 @@ def encoder_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
         contrast(teacher, lines, steps, study.texts, seed, advance)
     loss, cut = Loss("distance"), len(lines) * 9 // 10
     pad = int(prepared.tokenizer.pad_token_id or 0)
-    judged = [pad_texts(lines[i : i + study.texts], pad) for i in range(cut, cut + 8 * study.texts, study.texts)]
+    judged = [
+        pad_texts(lines[i : i + study.texts], pad)
+        for i in range(cut, min(cut + 8 * study.texts, len(lines)), study.texts)
+    ]
     train = [pad_texts(lines[i : i + study.texts], pad) for i in range(0, cut - study.texts + 1, study.texts)]
     pools = [
         pad_texts(held[i : i + 2 * POOL], pad) for i in range(0, min(8 * 2 * POOL, len(held) - 2 * POOL + 1), 2 * POOL)
