@@ -10,6 +10,9 @@ Source: X. Jiao et al., "TinyBERT", arXiv 1909.10351, and S. Sun et al., "Patien
 1908.09355, of which this is the common part: the baseline that TED is held against ("LWD"). Choices of ours: each
 layer's error is taken as a share of the teacher's mean square, so that no layer outweighs the rest by its scale; the
 output's and the layers' terms are lowered together, where TinyBERT takes them one after the other.
+
+Measured on ``examples/docs-lm`` with 3 of its 5 blocks, 40 steps of 4 sequences, two seeds: held-out KL 0.710 against
+0.727 for ``logits``, less than the seeds differ by (0.027).
 """
 
 from __future__ import annotations

@@ -19,6 +19,11 @@ the teacher's head, which also puts both filters into one basis; the task is the
 labels, so that any text and any encoder will do; r is half the width; stage I is a quarter of the steps, which are
 counted, so that the student has fewer steps than a rival. ``learned=false`` keeps filters of the same shape as drawn,
 the ablation.
+
+Measured: where 32 features that nothing reads stand beside 8 that the head reads, 300 steps end at less than 0.7 of the
+loss of ``logits``, ``hidden`` and drawn filters (``tests/distill/test_ted.py``). On ``examples/docs-lm`` with 3 of its 5
+blocks and 40 steps, two seeds, the held-out KL is 0.750, with drawn filters 0.724, with ``hidden`` 0.710 and with
+``logits`` 0.727: a negative result. So few steps are too dear to spend a quarter of them on filters.
 """
 
 from __future__ import annotations
