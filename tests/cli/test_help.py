@@ -27,6 +27,7 @@ VERBS = (
     "papers",
     "probe",
     "train",
+    "tune",
     "doctor",
 )
 
@@ -83,7 +84,7 @@ def test_every_option_says_what_it_does(words: str, option: Any) -> None:
 def test_every_table_can_be_had_as_json() -> None:
     prints_tables = {
         "compress", "inspect", "calibrate", "evaluate", "report", "plan make", "plan show", "plan diff", "compare",
-        "bench", "papers", "probe", "train", "doctor",
+        "bench", "papers", "probe", "train", "tune", "doctor",
     }  # fmt: skip
     with_json = {words for words, option in OPTIONS if "--json" in option.opts}
     assert prints_tables == with_json

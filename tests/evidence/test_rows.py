@@ -21,6 +21,7 @@ from layerwise.evidence.rows import (
 )
 from layerwise.technique import find, names
 from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS
+from layerwise.trials.distillers import METRICS as OF_DISTILLERS
 from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
 
@@ -62,7 +63,7 @@ def test_rows_are_measurements(name: str) -> None:
     found = read_evidence(name)
     assert found is not None
     for row in found.rows:
-        assert row.metric in ("kl", "distance", EXACTNESS, METRIC, *OF_BLUEPRINTS)
+        assert row.metric in ("kl", "distance", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_DISTILLERS)
         assert row.value > 0 and row.baseline.value > 0 and 0 <= row.spread <= row.value
         assert row.bytes > 0 and row.baseline.bytes > 0
         assert {"python", "torch", "layerwise"} <= set(row.versions)

@@ -21,8 +21,8 @@ counted, so that the student has fewer steps than a rival. ``learned=false`` kee
 the ablation.
 
 Measured: where 32 features that nothing reads stand beside 8 that the head reads, 300 steps end at less than 0.7 of the
-loss of ``logits``, ``hidden`` and drawn filters (``tests/distill/test_ted.py``). On ``examples/docs-lm`` with 3 of its 5
-blocks and 40 steps, two seeds, the held-out KL is 0.750, with drawn filters 0.724, with ``hidden`` 0.710 and with
+loss of ``logits``, ``hidden`` and drawn filters (``tests/distill/test_ted.py``). On ``examples/docs-lm`` with 3 of its
+5 blocks and 40 steps, two seeds, the held-out KL is 0.750, with drawn filters 0.724, with ``hidden`` 0.710 and with
 ``logits`` 0.727: a negative result. So few steps are too dear to spend a quarter of them on filters.
 """
 

@@ -35,6 +35,7 @@ from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 PIXELS = "squared error of pixels on held-out views"
 MISSES = "share of texts whose other half is not first of 100"
 TABLES = "held-out KL between the tables of similarities"
+METRICS = (*(f"held-out {loss} to the teacher" for loss in ("kl", "distance")), PIXELS, MISSES, TABLES)
 POOL = 100
 RATE = 0.001
 FIELD_RATE = 0.005  # a field starts from nothing
