@@ -17,10 +17,10 @@ plain checkpoint has no place for another; the contrastive loss on true pairs is
 ``mimic=vectors`` lowers the squared distance of the vectors instead, the ablation.
 
 Measured on 2 of 4 blocks of an encoder trained on the example's text, 40 steps, two seeds: of 100 texts 1.1 % miss
-their other half, after copying vectors 1.4 % (the seeds differ by 0.3 %); the tables are 0.0075 apart, after copying vectors
-0.0036, after beginning from drawn weights 0.27. So inheritance is what counts here, and where a student can make the
-teacher's vectors, copying them gives the better table too: a negative result for the table. Where it cannot, because it
-is narrow, the table wins (``tests/distill/test_tinyclip.py``).
+their other half, after copying vectors 1.4 % (the seeds differ by 0.3 %); the tables are 0.0075 apart, after copying
+vectors 0.0036, after beginning from drawn weights 0.27. So inheritance is what counts here, and where a student can
+make the teacher's vectors, copying them gives the better table too: a negative result for the table. Where it cannot,
+because it is narrow, the table wins (``tests/distill/test_tinyclip.py``).
 """
 
 from __future__ import annotations
