@@ -38,6 +38,8 @@ WRITTEN = {
     "A": "OUT",
     "B": "OUT",
     "300": "3",  # steps of training
+    "hidden:steps=300": "hidden:steps=3",
+    "logits:steps=300": "logits:steps=3",
 }
 OPTIONAL = re.compile(r"distance:")  # the loss of an encoder, shown beside those of a causal network
 

@@ -25,12 +25,13 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.roles import ActivationQuantizer, Blueprint, Generator, NetworkRewrite, NetworkSurgeon, Probe
+from layerwise.roles import ActivationQuantizer, Blueprint, Distiller, Generator, NetworkRewrite, NetworkSurgeon, Probe
 from layerwise.technique import Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
 from layerwise.trials.by_loss import ROLES as BY_LOSS
 from layerwise.trials.by_loss import Ground, Trial
+from layerwise.trials.distillers import distiller_trials
 from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
@@ -45,6 +46,7 @@ ROLES = {
     ActivationQuantizer.role: activation_trials,
     Blueprint.role: blueprint_trials,
     Generator.role: generator_trials,
+    Distiller.role: distiller_trials,
 }
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout

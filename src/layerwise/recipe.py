@@ -15,6 +15,7 @@ from layerwise.roles import (
     ActivationQuantizer,
     Allocator,
     Blueprint,
+    Distiller,
     Encoder,
     Generator,
     NetworkSurgeon,
@@ -147,6 +148,11 @@ def parse_blueprint(text: str) -> Blueprint:
 def parse_generator(text: str) -> Generator:
     """``self_speculative:tokens=4`` -> a generator; another kind of technique, or none, names those there are."""
     return _of_role(text, Generator, "the method", "generates nothing", "the methods are {}")  # type: ignore[type-abstract]
+
+
+def parse_distiller(text: str) -> Distiller:
+    """``ted:steps=400`` -> a distiller; another kind of technique, or none, names the distillers there are."""
+    return _of_role(text, Distiller, "the distiller", "distils nothing", "the distillers are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from layerwise.calibrate.input_ranges import InputRanges
     from layerwise.calibrate.passes import Calibration
     from layerwise.calibrate.statistics import SiteStatistics
+    from layerwise.distill.lesson import Distilled, Lesson
     from layerwise.encoding.encoded import Encoded, Layout
     from layerwise.encoding.inputs import InputGrid
     from layerwise.engine.progress import Progress
@@ -267,3 +268,26 @@ class Generator(Technique):
         self, network: CausalNetwork, prompts: Sequence[Sequence[int]], wanted: Wanted, emit: Emit
     ) -> Generation:
         """Continue every prompt (token ids, none empty); ``emit`` is told of new tokens as soon as they are certain."""
+
+
+class Distiller(Technique):
+    """A student and its teacher in memory: steps that bring the student's function nearer to the teacher's.
+
+    Only the student's parameters change, in place. The error on parts that are not trained on never ends above where it
+    began: the best state is kept. Zero steps change nothing, and a seed decides everything.
+    rivals: settings it is held against. studies: what ``bench`` measures it on, see ``trials/distillers.py``.
+    """
+
+    role = "distiller"
+    rivals: ClassVar[tuple[str, ...]] = ("logits",)
+    studies: ClassVar[tuple[str, ...]] = ("text",)
+    steps: int
+    sequences: int  # that a step sees
+
+    @abstractmethod
+    def distill(self, lesson: Lesson) -> Distilled:
+        """Train ``lesson.student``, and say what the judged error was before and after."""
+
+    @abstractmethod
+    def check(self, lesson: Lesson) -> None:
+        """``InputError`` where the lesson is of a kind, or of widths, that the method does not take."""

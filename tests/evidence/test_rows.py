@@ -21,11 +21,13 @@ from layerwise.evidence.rows import (
 )
 from layerwise.technique import find, names
 from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS
+from layerwise.trials.distillers import METRICS as OF_DISTILLERS
 from layerwise.trials.generators import METRICS as OF_GENERATORS
 from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
 
 TECHNIQUES = techniques_with_evidence()
+METRICS = {"kl", "distance", "perplexity", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_GENERATORS, *OF_DISTILLERS}
 
 
 def test_evidence_is_there() -> None:
@@ -63,7 +65,16 @@ def test_rows_are_measurements(name: str) -> None:
     found = read_evidence(name)
     assert found is not None
     for row in found.rows:
-        assert row.metric in ("kl", "distance", "perplexity", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_GENERATORS)
+        assert row.metric in (
+            "kl",
+            "distance",
+            "perplexity",
+            EXACTNESS,
+            METRIC,
+            *OF_BLUEPRINTS,
+            *OF_GENERATORS,
+            *OF_DISTILLERS,
+        )
         least = 0 if row.metric == METRIC else 1e-12  # ranks of few places can agree in full
         assert row.value >= least and row.baseline.value > 0 and 0 <= row.spread <= row.value
         assert row.bytes > 0 and row.baseline.bytes > 0

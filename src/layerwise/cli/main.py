@@ -29,6 +29,7 @@ from layerwise.cli import (
     report,
     reshape,
     train,
+    tune,
 )
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # typer does not export it by name
@@ -57,10 +58,11 @@ app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
 
-RESUMABLE = ("compress", "calibrate", "plan", "reshape")
+RESUMABLE = ("compress", "calibrate", "plan", "reshape", "tune")
 INTERRUPTED = 130
 
 

@@ -79,6 +79,7 @@ def command_of(technique: Registered) -> str | None:
         "network rewrite": f"layerwise compress MODEL OUT --budget 4bpw --rewrite {name}",
         "tuner": f"layerwise compress MODEL OUT --budget 4bpw --tune {name}",
         "probe": f"layerwise probe MODEL {name}",
+        "distiller": f"layerwise tune STUDENT OUT --teacher MODEL --technique {name} --calibrate TEXT",
         "blueprint": f"layerwise train {name} OUT --text TEXT",
         "network surgeon": f"layerwise reshape MODEL OUT --surgeon {name}",
         "generator": f"layerwise generate MODEL --prompt TEXT --method {name}",
