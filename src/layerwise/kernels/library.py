@@ -18,7 +18,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 1  # of the C interface
+VERSION = 2  # of the C interface
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
 

@@ -27,7 +27,7 @@ from layerwise.kernels.library import Stored, chosen_path, library
 PANEL_TOKENS = 128  # from so many tokens on, panels
 PANEL_TOKENS_16_BITS = 64
 PANEL_BYTES = 4 << 20  # of a decoded panel: about what the caches of one core hold
-TILE = 16  # rows
+TILE = 32  # rows
 
 SCALE_HALF, SCALE_BYTE = 0, 1
 ZERO_NONE, ZERO_BYTE, ZERO_HALF = 0, 1, 2
@@ -109,14 +109,14 @@ class PackedMatrix:
             raise ValueError("codes that are places in a table have no product with int8 activations")
         path = path or chosen_path()
         tokens = x.numel() // self.columns
-        if tokens >= (PANEL_TOKENS if x.dtype == torch.float32 else PANEL_TOKENS_16_BITS) and not int8:
+        if tokens >= (PANEL_TOKENS if x.dtype == torch.float32 else PANEL_TOKENS_16_BITS) and self.table:
             return self._by_panels(x.detach().reshape(tokens, self.columns), path).view(*x.shape[:-1], self.rows)
         given = x.detach().reshape(tokens, self.columns).float()
         if given.stride(1) != 1 or (tokens > 1 and given.stride(0) < self.columns):
             given = given.contiguous()
         y = torch.empty(tokens, self.rows)
         status = self._library.layerwise_multiply(
-            self._handle, _name(path), given.data_ptr(), tokens, given.stride(0), y.data_ptr(), self.rows, int(int8),
+            self._handle, _name(path), given.data_ptr(), tokens, given.stride(0), y.data_ptr(), self.rows, 1 if int8 else 3,
             torch.get_num_threads(),
         )  # fmt: skip
         _succeeded(status, path)
@@ -131,7 +131,7 @@ class PackedMatrix:
         self._library.layerwise_read(self._handle, _name(path or chosen_path()), torch.get_num_threads())
 
     def _panel(self, first: int, last: int, path: str | None, into: Tensor | None = None) -> Tensor:
-        """Tiles ``first .. last - 1``, transposed: float32 [columns, 16 * tiles]."""
+        """Tiles ``first .. last - 1``, transposed: float32 [columns, 32 * tiles]."""
         width = (last - first) * TILE
         panel = torch.empty(self.columns, width) if into is None else into[: self.columns * width].view(-1, width)
         status = self._library.layerwise_decode(

@@ -26,12 +26,6 @@ Matrix* repack(const Stored& stored, int threads);  // null: it does not fit tog
 Matrix* copy(const Matrix& matrix, int threads);         // null: there is no memory
 void release(Matrix* matrix);
 
-// Rows of `width` floats: the columns of every block, then zeros up to whole units; and the sum of each block.
-void spread(const Matrix& m, const float* x, int64_t tokens, int64_t stride, float* values, float* sums);
-// The same as int8 codes with a step for each token and block.
-void quantize(const Matrix& m, const float* x, int64_t tokens, int64_t stride, int8_t* codes, float* steps,
-              int32_t* counts);
-
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
 void parallel(int threads, Body body, void* data);

@@ -31,7 +31,8 @@ struct Simd {
   };
   static constexpr int kChains = 2;
   static constexpr int kTokens = 1;
-  static constexpr int kInt8Tokens = 1;
+  static constexpr int kSums = 1;
+  static constexpr int kHalves = 1;
 
 #define LAYERWISE_LANES(type, value)                     \
   type out;                                              \
@@ -43,6 +44,7 @@ struct Simd {
     memcpy(out.byte, from, 64);
     return out;
   }
+  static inline void keep(uint8_t* to, const Bytes& v) { memcpy(to, v.byte, 64); }
   static inline Bytes join(Bytes a, Bytes b) {
     for (int i = 0; i < 64; ++i) a.byte[i] |= b.byte[i];
     return a;
@@ -109,6 +111,7 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
@@ -128,5 +131,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kPortable = {"portable", multiply_float, multiply_int8, decode, read_lines};
+const Path kPortable = {"portable", multiply, decode, read_lines, quantize};
 }
