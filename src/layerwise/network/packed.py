@@ -18,6 +18,7 @@ from layerwise.encoding.inputs import InputGrid, restore_inputs
 from layerwise.encoding.repacked import repack
 from layerwise.errors import InputError
 from layerwise.kernels.matrix import PackedMatrix
+from layerwise.network.operators import packed_product, packed_rows, register
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -42,6 +43,7 @@ class Packed(nn.Module):
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
         self._repacked: tuple[Encoded, tuple[int, ...], PackedMatrix | None] | None = None
         self.int8_activations = False  # see set_activations
+        self._number = register(self)  # by which operators know it
 
     @property
     def encoded(self) -> Encoded:
@@ -58,6 +60,20 @@ class Packed(nn.Module):
         if kernel is None:
             return self.encoded.multiply(x)
         return kernel.multiply(x, int8=self.int8_activations and not kernel.table)
+
+    def product(self, x: Tensor) -> Tensor:
+        """What ``forward`` does before its bias: the operator runs it, see ``operators.py``."""
+        return self.multiply(x)
+
+    def traced_product(self, x: Tensor) -> Tensor:
+        """``product``, as one node where a graph is traced."""
+        if torch.compiler.is_compiling():
+            return packed_product(x, self._number, self.spec["shape"][0])  # type: ignore[no-any-return]
+        return self.product(x)
+
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows of the form, float32 ``[..., columns]``."""
+        return self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.spec["shape"][1])
 
     def _kernel(self) -> PackedMatrix | None:
         """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
@@ -91,12 +107,17 @@ class Packed(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_restored": None, "_repacked": None}  # made again from the copied buffers
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = register(self)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         import copy
 
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        twin._number = register(twin)
         return twin
 
     def extra_repr(self) -> str:
@@ -149,9 +170,12 @@ class PackedLinear(Packed):
         given = "" if self.input_spec is None else f", inputs: {self.input_spec['form']} {self.input_spec['bits']} bits"
         return super().extra_repr() + given
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         grid = self.inputs
-        y = self.multiply(x if grid is None else grid.rounded(x))
+        return self.multiply(x if grid is None else grid.rounded(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.traced_product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -197,7 +221,10 @@ class PackedEmbedding(Packed):
         self.scale = scale
 
     def forward(self, index: Tensor) -> Tensor:
-        rows = self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.embedding_dim).to(self.dtype)
+        if torch.compiler.is_compiling():
+            rows = packed_rows(index, self._number, self.embedding_dim, self._compute)
+        else:
+            rows = self.look_up(index).to(self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
@@ -226,7 +253,7 @@ class PackedHead(nn.Module):
         return self.table.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.table.multiply(x)
+        y = self.table.traced_product(x)
         bias = self.bias if self.bias_owner is None else self.bias_owner.bias
         return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
 

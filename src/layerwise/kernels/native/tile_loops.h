@@ -82,11 +82,12 @@ LAYERWISE_INLINE Simd::Floats half_zero(const Matrix& m, const uint8_t* tile, in
 }
 
 // How far ahead of a line that meets `kDots` dot products memory is asked for the next ones, into the second-level cache
-// (the first has too few outstanding misses). Measured on one core of a Zen 4, share of the bandwidth of reading: quick
-// loops, 8 and 4 bits times one digit, reach 93 to 99 % at 2 KiB and 70 % at 16 KiB, where the many requests in flight
-// are in the way of one another; slower ones, 2 bits or three digits, 46 % at 2 KiB and 96 to 100 % from 8 KiB on.
+// (the first has too few outstanding misses). Measured on both cores of a Zen 4, share of the bandwidth of reading, at
+// 1, 2, 3-4, 8 and 16 KiB: 8 bits times one digit 85 89 89 70 70 %, 4 bits times one 90 85 65 72 73 %, 4 bits times three
+// .. 46 76 80 84 %, 2 bits times one .. 47 75 86 86 %. Quick loops have so many requests in flight by themselves that
+// more of them are in the way of one another; slow ones must be told early.
 template <int kDots>
-constexpr int kAhead = kDots <= 2 ? 2048 : 16384;
+constexpr int kAhead = kDots <= 1 ? 2048 : kDots <= 3 ? 1024 : 12288;
 
 template <int kBytes, int kDistance>
 LAYERWISE_INLINE void prefetch(const uint8_t* from) {
@@ -150,10 +151,14 @@ void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
 
 // ---------------------------------------------------------------- codes times whole numbers
 
-// What a block's sums stand for, added to `total`. What is rounded, and when, is the same on every path.
+struct Scaled {
+  Simd::Floats scale, sum;
+};
+
+// What a block's sums stand for. What is rounded, and when, is the same on every path.
 template <int kDigits>
-LAYERWISE_INLINE void finish(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half, int64_t at,
-                             const Simd::Ints* sum, Simd::Floats& total) {
+LAYERWISE_INLINE Scaled finish(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
+                               int64_t at, const Simd::Ints* sum) {
   Simd::Floats part[kDigits];
   for (int d = 0; d < kDigits; ++d) {
     const int32_t count = a.counts[at * kDigits + d];
@@ -171,7 +176,7 @@ LAYERWISE_INLINE void finish(const Matrix& m, const Activations& a, const uint8_
     const Simd::Floats zero = Simd::minus(half_zero(m, base, b, half), Simd::same(float(m.centre)));
     s = Simd::minus(s, Simd::times(zero, Simd::same(a.sums[at])));
   }
-  total = Simd::fused(Simd::times(block_scale(m, base, b, half), Simd::same(a.steps[at])), s, total);
+  return {Simd::times(block_scale(m, base, b, half), Simd::same(a.steps[at])), s};
 }
 
 // Sums of one block: kHalves halves from the first unit's at `codes`, kCount tokens. A lone sum would wait for the last
@@ -184,51 +189,82 @@ struct BlockSums {
   static constexpr int kUnits = kParts > U::chunks ? kParts / U::chunks : 1;  // at a time: enough chunks for all parts
   Simd::Ints sum[kHalves][kCount][kDigits][kParts];
 
-  LAYERWISE_INLINE void add(const uint8_t* codes, const int8_t* x, int64_t stride, int32_t columns) {
-    for (int h = 0; h < kHalves; ++h)
-      for (int t = 0; t < kCount; ++t)
-        for (int d = 0; d < kDigits; ++d)
-          for (int c = 0; c < kParts; ++c) sum[h][t][d][c] = Simd::whole(0);
-    const auto add_unit = [&](auto unit) __attribute__((always_inline)) {
-      prefetch<2 * U::bytes, kDistance>(codes);
-      each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
-        constexpr int c = decltype(chunk)::value;
-        constexpr int part = (decltype(unit)::value * U::chunks + c) % kParts;
-        Simd::Bytes q[kHalves];
-        q[0] = chunk_codes<kBits, c>(codes);
-        if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
-#pragma GCC unroll 16
-        for (int t = 0; t < kCount; ++t)
-#pragma GCC unroll 4
-          for (int d = 0; d < kDigits; ++d)
-#pragma GCC unroll 2
-            for (int h = 0; h < kHalves; ++h) {
-              Simd::Ints& s = sum[h][t][d][part];
-              s = Simd::template dot<kBits>(s, q[h], x + t * stride + (c * kDigits + d) * 4);
-            }
+  // Every index is a number that the compiler knows: an array that a loop counts through would lie in memory.
+  template <typename Body>
+  static LAYERWISE_INLINE void for_all(Body&& body) {
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
+        each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, d, h); });
       });
-      codes += 2 * U::bytes, x += U::columns * kDigits;
-    };
-    int32_t k = 0;
-    for (; k + kUnits * U::columns <= columns; k += kUnits * U::columns) each<0, kUnits>(add_unit);
-    if constexpr (kUnits > 1)
-      for (; k < columns; k += U::columns) add_unit(Number<0>());
-    for (int h = 0; h < kHalves; ++h)
-      for (int t = 0; t < kCount; ++t)
-        for (int d = 0; d < kDigits; ++d)
-          for (int c = 1; c < kParts; ++c) sum[h][t][d][0] = Simd::plus(sum[h][t][d][0], sum[h][t][d][c]);
+    });
   }
 
-  LAYERWISE_INLINE void finish_all(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
-                                   int64_t token, Simd::Floats (*total)[kHalves]) {
-    const int64_t own = b % m.blocks;
-    for (int t = 0; t < kCount; ++t) {
-      for (int h = 0; h < kHalves; ++h) {
-        Simd::Ints whole[kDigits];
-        for (int d = 0; d < kDigits; ++d) whole[d] = sum[h][t][d][0];
-        finish<kDigits>(m, a, base, b, half + h, (token + t) * a.blocks + own, whole, total[t][h]);
+  template <typename Body>
+  static LAYERWISE_INLINE void for_totals(Body&& body) {
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, h); });
+    });
+  }
+
+  template <int kUnit>
+  LAYERWISE_INLINE void add_unit(const uint8_t* codes, const int8_t* x, int64_t stride) {
+    prefetch<2 * U::bytes, kDistance>(codes);
+    each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
+      constexpr int c = decltype(chunk)::value;
+      constexpr int part = (kUnit * U::chunks + c) % kParts;
+      Simd::Bytes q[kHalves];
+      q[0] = chunk_codes<kBits, c>(codes);
+      if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
+      for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+        constexpr int digit = decltype(d)::value, half = decltype(h)::value, token = decltype(t)::value;
+        Simd::Ints& s = sum[half][token][digit][part];
+        s = Simd::template dot<kBits>(s, q[half], x + token * stride + (c * kDigits + digit) * 4);
+      });
+    });
+  }
+
+  LAYERWISE_INLINE void add(const uint8_t* codes, const int8_t* x, int64_t stride, int32_t columns) {
+    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+      each<0, kParts>([&](auto p) __attribute__((always_inline)) {
+        sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][decltype(p)::value] = Simd::whole(0);
+      });
+    });
+    int32_t k = 0;
+    for (; k + kUnits * U::columns <= columns; k += kUnits * U::columns) {
+      each<0, kUnits>([&](auto unit) __attribute__((always_inline)) {
+        add_unit<decltype(unit)::value>(codes, x, stride);
+        codes += 2 * U::bytes, x += U::columns * kDigits;
+      });
+    }
+    if constexpr (kUnits > 1) {
+      for (; k < columns; k += U::columns) {
+        add_unit<0>(codes, x, stride);
+        codes += 2 * U::bytes, x += U::columns * kDigits;
       }
     }
+    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+      Simd::Ints* parts = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value];
+      each<1, kParts>([&](auto p) __attribute__((always_inline)) {
+        parts[0] = Simd::plus(parts[0], parts[decltype(p)::value]);
+      });
+    });
+  }
+
+  // What the sums stand for, added to total(token, half).
+  template <typename Total>
+  LAYERWISE_INLINE void finish_all(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
+                                   int64_t token, Total&& total) {
+    const int64_t own = b % m.blocks;
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kHalves>([&](auto h) __attribute__((always_inline)) {
+        Simd::Ints whole[kDigits];
+        each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
+          whole[decltype(d)::value] = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][0];
+        });
+        const int64_t at = (token + decltype(t)::value) * a.blocks + own;
+        total(t, h, finish<kDigits>(m, a, base, b, half + decltype(h)::value, at, whole));
+      });
+    });
   }
 };
 
@@ -236,23 +272,30 @@ struct BlockSums {
 template <int kBits, int kDigits, int kCount>
 void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
   constexpr int kHalves = Simd::kHalves, kDistance = kAhead<8 * kDigits * kCount / kBits>;
+  using Sums = BlockSums<kBits, kDigits, kCount, kHalves, kDistance>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
   const int64_t all = int64_t(m.planes) * m.blocks;
   for (int half = 0; half < 2; half += kHalves) {
     Simd::Floats total[kCount][kHalves];
-    for (int t = 0; t < kCount; ++t)
-      for (int h = 0; h < kHalves; ++h) total[t][h] = Simd::same(0.0f);
+    Sums::for_totals([&](auto t, auto h) __attribute__((always_inline)) {
+      total[decltype(t)::value][decltype(h)::value] = Simd::same(0.0f);
+    });
     for (int64_t b = 0; b < all; ++b) {
       const Block& block = m.block[b % m.blocks];
       const uint8_t* codes = base + m.places[b].codes;
       if (half == 0 && b % 2 == 0) prefetch<3 * kLine, kDistance>(base + m.places[b].scale);
       const int8_t* x = a.codes + token * a.stride + block.place * kDigits;
-      BlockSums<kBits, kDigits, kCount, kHalves, kDistance> sums;
+      Sums sums;
       sums.add(codes + half * Unit<kBits>::bytes, x, a.stride, block.padded);
-      sums.finish_all(m, a, base, b, half, token, total);
+      sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
+        Simd::Floats& own = total[decltype(t)::value][decltype(h)::value];
+        own = Simd::fused(v.scale, v.sum, own);
+      });
     }
-    for (int t = 0; t < kCount; ++t)
-      for (int h = 0; h < kHalves; ++h) store_rows(m, tile, half + h, total[t][h], y + (token + t) * stride);
+    Sums::for_totals([&](auto t, auto h) __attribute__((always_inline)) {
+      store_rows(m, tile, half + decltype(h)::value, total[decltype(t)::value][decltype(h)::value],
+                 y + (token + decltype(t)::value) * stride);
+    });
   }
 }
 
@@ -272,27 +315,26 @@ LAYERWISE_INLINE void widen(const uint8_t* codes, int32_t columns, uint8_t* to) 
   }
 }
 
+// A function of its own: inside a larger one, GCC 12 keeps some of the sums in memory.
 template <int kDigits, int kCount>
-LAYERWISE_INLINE void panel_tokens(const Matrix& m, const Activations& a, const uint8_t* base, const uint8_t* codes,
-                                   int64_t b, int64_t token, float* totals) {
+__attribute__((noinline)) void panel_tokens(const Matrix& m, const Activations& a, const uint8_t* base,
+                                            const uint8_t* codes, int64_t b, int64_t token, float* totals) {
   constexpr int kHalves = Simd::kHalves;
   const Block& block = m.block[b % m.blocks];
   for (int half = 0; half < 2; half += kHalves) {
     BlockSums<8, kDigits, kCount, kHalves, 0> sums;
     sums.add(codes + half * kLine, a.codes + token * a.stride + block.place * kDigits, a.stride, block.padded);
-    Simd::Floats total[kCount][kHalves];
-    for (int t = 0; t < kCount; ++t)
-      for (int h = 0; h < kHalves; ++h) total[t][h] = Simd::floats(totals + t * kRows + (half + h) * kHalf);
-    sums.finish_all(m, a, base, b, half, token, total);
-    for (int t = 0; t < kCount; ++t)
-      for (int h = 0; h < kHalves; ++h) Simd::store(totals + t * kRows + (half + h) * kHalf, total[t][h]);
+    sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
+      float* own = totals + decltype(t)::value * kRows + (half + decltype(h)::value) * kHalf;
+      Simd::store(own, Simd::fused(v.scale, v.sum, Simd::floats(own)));
+    });
   }
 }
 
 // Many tokens: a block's codes are decoded once into the first cache.
 template <int kBits, int kDigits>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, float* y, int64_t stride) {
-  constexpr int kMost = Simd::kSums / (Simd::kHalves * kDigits);
+  constexpr int kMost = (Simd::kSums < 16 ? Simd::kSums : 16) / (Simd::kHalves * kDigits);
   constexpr int kTogether = kMost > 0 ? kMost : 1;
   alignas(kLine) uint8_t codes[kLongestBlock * kRows];
   alignas(kLine) float totals[kPanelBytes * kRows];
