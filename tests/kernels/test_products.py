@@ -13,7 +13,7 @@ from layerwise.encoding.codebook import LEVELS, Codebook, fit_codebook, nearest_
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import packed_matrix
 from layerwise.encoding.scales import Scales, groups_of
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import library, paths, why_absent
@@ -55,7 +55,7 @@ def codebook(rows: int, columns: int, name: str, scale_bits: int) -> Codebook:
 
 
 def packed(form: Encoded) -> PackedMatrix:
-    found = repack(form)
+    found = packed_matrix(form)
     assert found is not None
     return found
 
@@ -230,4 +230,4 @@ def test_wrong_inputs_are_refused():
         matrix.multiply(normal(2, 31))
     with pytest.raises(ValueError, match="no path"):
         matrix.multiply(normal(2, 32), path="neon")
-    assert repack(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies
+    assert packed_matrix(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies

@@ -72,19 +72,11 @@ class PackedMatrix:
             raise RuntimeError("there is no compiled library")
         self.rows, self.columns = stored.rows, stored.columns
         self.table = stored.levels is not None
-        kept = [None if t is None else t.detach().cpu().contiguous() for t in _tensors(stored)]
-        codes, scale, zero, factor, levels = kept
-        assert codes is not None and scale is not None
-        _check(stored, codes, scale, zero, factor, levels)
-        described = Stored(
-            stored.rows, stored.columns, stored.bits, stored.planes, stored.group, int(stored.trits),
-            SCALE_BYTE if scale.dtype == torch.uint8 else SCALE_HALF,
-            ZERO_NONE if zero is None else ZERO_BYTE if zero.dtype == torch.uint8 else ZERO_HALF,
-            stored.centre, *_bytes(codes), *_bytes(scale), *_bytes(zero), _bytes(factor)[0], _bytes(levels)[0],
-        )  # fmt: skip
+        described, kept = describe(stored)
         handle = loaded.layerwise_repack(ctypes.byref(described), ctypes.sizeof(described), torch.get_num_threads())
         if not handle:
             raise ValueError(f"a matrix of {stored.rows} x {stored.columns} codes that do not fit its description")
+        del kept  # the library has made its own of it
         self._library = loaded
         self._own(handle)
 
@@ -159,6 +151,47 @@ class PackedMatrix:
                 return torch.mm(x, panel)
             y[:, own] = torch.mm(x, panel)
         return y
+
+
+class PackedTable:
+    """Rows looked up from a stored matrix where it lies: nothing is repacked, nothing held twice."""
+
+    def __init__(self, stored: Canonical) -> None:
+        loaded = library()
+        if loaded is None:
+            raise RuntimeError("there is no compiled library")
+        self._library = loaded
+        self.rows, self.columns = stored.rows, stored.columns
+        self._described, self._kept = describe(stored)
+
+    def take(self, index: Tensor) -> Tensor:
+        """Rows ``index`` (1-D int64 on the CPU), float32 ``[.., columns]``: bit for bit what the form decodes to."""
+        index = index.contiguous()
+        found = torch.empty(index.numel(), self.columns)
+        status = self._library.layerwise_take(
+            ctypes.byref(self._described), ctypes.sizeof(self._described), index.data_ptr(), index.numel(),
+            found.data_ptr(),
+        )  # fmt: skip
+        if status == 5:
+            raise IndexError(f"row numbers are 0 to {self.rows - 1}")
+        if status:
+            raise ValueError(f"a table of {self.rows} x {self.columns} codes that do not fit its description")
+        return found
+
+
+def describe(stored: Canonical) -> tuple[Stored, list[Tensor | None]]:
+    """``stored`` as the library takes it, and the tensors that it points into."""
+    kept = [None if t is None else t.detach().cpu().contiguous() for t in _tensors(stored)]
+    codes, scale, zero, factor, levels = kept
+    assert codes is not None and scale is not None
+    _check(stored, codes, scale, zero, factor, levels)
+    described = Stored(
+        stored.rows, stored.columns, stored.bits, stored.planes, stored.group, int(stored.trits),
+        SCALE_BYTE if scale.dtype == torch.uint8 else SCALE_HALF,
+        ZERO_NONE if zero is None else ZERO_BYTE if zero.dtype == torch.uint8 else ZERO_HALF,
+        stored.centre, *_bytes(codes), *_bytes(scale), *_bytes(zero), _bytes(factor)[0], _bytes(levels)[0],
+    )  # fmt: skip
+    return described, kept
 
 
 def _tensors(stored: Canonical) -> tuple[Tensor | None, ...]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import Multiplier, packed_table, repack
 from layerwise.errors import InputError
-from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.matrix import PackedTable
 from layerwise.network.operators import packed_product, packed_rows, register
 
 ACTIVATIONS = ("exact", "int8")
@@ -41,7 +41,8 @@ class Packed(nn.Module):
         # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
         self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
-        self._repacked: tuple[Encoded, tuple[int, ...], PackedMatrix | None] | None = None
+        self._repacked: tuple[Encoded, tuple[int, ...], Multiplier | None] | None = None
+        self._table: tuple[Encoded, tuple[int, ...], PackedTable | None] | None = None
         self.int8_activations = False  # see set_activations
         self._number = register(self)  # by which operators know it
 
@@ -73,16 +74,30 @@ class Packed(nn.Module):
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of the form, float32 ``[..., columns]``."""
-        return self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.spec["shape"][1])
+        flat = index.reshape(-1)
+        table = self._rows() if flat.device.type == "cpu" and flat.dtype == torch.int64 else None
+        rows = self.encoded.take_rows(flat) if table is None else table.take(flat)
+        return rows.view(*index.shape, self.spec["shape"][1])
 
-    def _kernel(self) -> PackedMatrix | None:
+    def _kernel(self) -> Multiplier | None:
         """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
-        form = self.encoded
-        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
-        versions = tuple(0 if t.is_inference() else t._version for t in buffers)
+        form, versions = self._present()
         if self._repacked is None or self._repacked[0] is not form or self._repacked[1] != versions:
             self._repacked = form, versions, repack(form)
         return self._repacked[2]
+
+    def _rows(self) -> PackedTable | None:
+        """The form as rows to look up: it points into the stored tensors, and is described again when they changed."""
+        form, versions = self._present()
+        if self._table is None or self._table[0] is not form or self._table[1] != versions:
+            self._table = form, versions, packed_table(form)
+        return self._table[2]
+
+    def _present(self) -> tuple[Encoded, tuple[int, ...]]:
+        """The form, and numbers that change when a stored tensor does."""
+        form = self.encoded
+        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
+        return form, tuple(0 if t.is_inference() else t._version for t in buffers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,7 +120,7 @@ class Packed(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_restored": None, "_repacked": None}  # made again from the copied buffers
+        return {**self.__dict__, "_restored": None, "_repacked": None, "_table": None}  # made again from copies
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -146,6 +146,12 @@ LAYERWISE_API void* layerwise_repack(const Stored* stored, int64_t size, int32_t
   return repack(*stored, threads);
 }
 
+// Rows of the stored form itself, see parts.h for what is returned.
+LAYERWISE_API int32_t layerwise_take(const void* stored, int64_t size, const int64_t* index, int64_t count, float* out) {
+  if (stored == nullptr || size != int64_t(sizeof(Stored)) || count < 0) return 4;
+  return take_rows(*static_cast<const Stored*>(stored), index, count, out);
+}
+
 LAYERWISE_API void* layerwise_copy(const void* matrix, int32_t threads) {
   return copy(*static_cast<const Matrix*>(matrix), threads);
 }

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "half.h"
 #include "parts.h"
 
 namespace layerwise {
@@ -245,6 +246,42 @@ Matrix* copy(const Matrix& from, int threads) {
   Copying copying = {&from, m};
   parallel(threads, copy_tiles, &copying);
   return m;
+}
+
+int take_rows(const Stored& s, const int64_t* index, int64_t count, float* out) {
+  if (!sound(s)) return 4;
+  for (int64_t i = 0; i < count; ++i) {
+    if (index[i] < 0 || index[i] >= s.rows) return 5;
+  }
+  auto* codes = static_cast<uint8_t*>(malloc(size_t(s.columns)));
+  if (codes == nullptr) return 3;
+  const int64_t row_bytes = stored_row_bytes(s), groups = (s.columns + s.group - 1) / s.group;
+  const auto half_at = [](const uint8_t* from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return half_to_float(half);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = out + i * s.columns;
+    for (int64_t plane = 0; plane < s.planes; ++plane) {
+      const int64_t of_plane = index[i] * s.planes + plane;
+      unpack_row(s, s.codes + of_plane * row_bytes, codes);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = of_plane * groups + g, last = (g + 1) * s.group < s.columns ? (g + 1) * s.group : s.columns;
+        float scale = s.scale_kind == kScaleHalf ? half_at(s.scale + 2 * at) : float(s.scale[at]);
+        if (s.factor != nullptr) scale *= s.factor[index[i]];
+        float zero = float(s.centre);
+        if (s.zero_kind == kZeroByte) zero = float(s.zero[at]);
+        if (s.zero_kind == kZeroHalf) zero = half_at(s.zero + 2 * at);
+        for (int64_t k = g * s.group; k < last; ++k) {
+          const float value = (s.levels != nullptr ? s.levels[codes[k] & 15] : float(codes[k]) - zero) * scale;
+          to[k] = plane == 0 ? value : to[k] + value;
+        }
+      }
+    }
+  }
+  free(codes);
+  return 0;
 }
 
 void release(Matrix* m) {
