@@ -293,6 +293,7 @@ def write(
         f"An encoder of MiniLM's size, {SENTENCES} sentences of {WORDS} tokens": encoder_speed(rounds, paused),
         "A LLaMA of 110 million weights, one sequence": decoder_speed(rounds, gguf, paused),
     }
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(report, networks), encoding="utf-8")
 
 

@@ -86,6 +86,9 @@ LAYERWISE_INLINE Simd::Floats half_zero(const Matrix& m, const uint8_t* tile, in
 // 1, 2, 3-4, 8 and 16 KiB: 8 bits times one digit 85 89 89 70 70 %, 4 bits times one 90 85 65 72 73 %, 4 bits times three
 // .. 46 76 80 84 %, 2 bits times one .. 47 75 86 86 %. Quick loops have so many requests in flight by themselves that
 // more of them are in the way of one another; slow ones must be told early.
+// Widths of several planes take as long as many dot products, for the joining of their codes.
+constexpr int dots_of_line(int bits) { return bits == 8 || bits == 4 || bits == 2 ? 8 / bits : 4; }
+
 template <int kDots>
 constexpr int kAhead = kDots <= 1 ? 2048 : kDots <= 3 ? 1024 : 12288;
 
@@ -271,7 +274,7 @@ struct BlockSums {
 // A few tokens: the codes are decoded for each of them again, in registers.
 template <int kBits, int kDigits, int kCount>
 void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
-  constexpr int kHalves = Simd::kHalves, kDistance = kAhead<8 * kDigits * kCount / kBits>;
+  constexpr int kHalves = Simd::kHalves, kDistance = kAhead<dots_of_line(kBits) * kDigits * kCount>;
   using Sums = BlockSums<kBits, kDigits, kCount, kHalves, kDistance>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
   const int64_t all = int64_t(m.planes) * m.blocks;
