@@ -118,6 +118,25 @@ def test_int8_activations_cost_less_than_a_hundredth(bits: int):
         assert float((found - exact).norm() / exact.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_products_have_the_same_bits_on_every_path(dtype: torch.dtype, tokens: int):
+    matrix, x = packed(integer(40, 300, 4, 64, float_zero=True)), normal(tokens, 300).to(dtype)
+    found = [matrix.multiply(x, path=path) for path in paths()]
+    assert all(torch.equal(found[0], other) for other in found) and found[0].dtype == dtype
+
+
+def test_values_far_smaller_than_the_largest_of_their_block_are_kept_to_its_step():
+    form = integer(20, 128, 4, 64, symmetric=True)
+    x = normal(1, 128) * 1e-4
+    x[0, 5], x[0, 70] = 1000.0, -1000.0
+    exact = x.double() @ form.decode().double().T
+    step = 1000 / 8355711
+    for path in paths():
+        error = (packed(form).multiply(x, path=path) - exact).abs()
+        assert bool((error <= form.decode().abs().sum(1) * step + 1e-6 * exact.abs()).all())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_hot_inputs_show_every_code(bits: int):
     form = integer(21, 70, bits, 16)
