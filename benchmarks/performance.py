@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
-from layerwise.kernels.measure import Report, Row, measure
+from layerwise.kernels.measure import PeerRow, Report, Row, measure
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.recipe import parse_recipe
 
@@ -265,9 +265,15 @@ def _peers(report: Report) -> list[str]:
     lines += ["|---|---|---|" + "--:|" * len(batches)]
     for name, kind, rows, columns in dict.fromkeys((p.name, p.activations, p.rows, p.columns) for p in report.peers):
         own = {p.batch: p for p in report.peers if (p.name, p.rows, p.columns) == (name, rows, columns)}
-        cells = [p.absent if p.microseconds is None else f"{p.microseconds:.0f}" for p in own.values()]
+        cells = [_peer_cell(own.get(batch)) for batch in batches]
         lines += [f"| {name} | {kind} | {rows} × {columns} | " + " | ".join(cells) + " |"]
     return lines
+
+
+def _peer_cell(peer: PeerRow | None) -> str:
+    if peer is None:
+        return ""
+    return peer.absent if peer.microseconds is None else f"{peer.microseconds:.0f}"
 
 
 def main() -> None:
