@@ -152,8 +152,11 @@ def _measure(
             found.append(Row(form, activations, *size, *ratios))
         for peer, _, _, absent in engines:
             own = times.get(peer.name)
-            timed = (None, None) if own is None else (statistics.median(own) * 1e6, _spread(own) * 1e6)
-            met.append(PeerRow(peer.name, peer.activations, peer.bits, rows, columns, batch, *timed, absent))
+            median_us = None if own is None else statistics.median(own) * 1e6
+            spread_us = None if own is None else _spread(own) * 1e6
+            met.append(
+                PeerRow(peer.name, peer.activations, peer.bits, rows, columns, batch, median_us, spread_us, absent)
+            )
     return found, met
 
 
