@@ -117,7 +117,10 @@ class Streamer:
                 f"calibrate and compress the network that it was made from, and arrange the artifact"
             )
         self.network = network
-        self.members: nn.ModuleList = network.module.get_submodule(network.tree.blocks[0].rpartition(".")[0])  # type: ignore[assignment]
+        blocks = network.tree.blocks  # none, where a module runs whole
+        self.members: nn.ModuleList = (
+            network.module.get_submodule(blocks[0].rpartition(".")[0]) if blocks else nn.ModuleList()  # type: ignore[assignment]
+        )
         self.weights: Weights = weights if weights is not None else network
         self.device = torch.device(device)
         self.tuple_length: int | None = None
