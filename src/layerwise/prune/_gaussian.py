@@ -5,8 +5,8 @@
     E|w| = mu erf(mu / (sigma sqrt 2)) + sigma sqrt(2 / pi) exp(-mu^2 / (2 sigma^2))
     SNR(|w|) = E|w| / sqrt(mu^2 + sigma^2 - E|w|^2)
 
-SNR(|w|) is an increasing function of |mu| / sigma alone: 1.3236 at zero, about |mu| / sigma where that is large. Weights
-are therefore ranked by |mu| / sigma, which is well defined where the formula's difference underflows.
+SNR(|w|) is an increasing function of |mu| / sigma alone: 1.3236 at zero, about |mu| / sigma where that is large.
+Weights are therefore ranked by |mu| / sigma, which is well defined where the formula's difference underflows.
 """
 
 from __future__ import annotations

@@ -66,9 +66,9 @@ class MaskedUp(nn.Module):
     def __init__(self, up: Up, f: int, bias: float, spread: float, reads: bool, generator: torch.Generator) -> None:
         super().__init__()
         self.up, self.side, self.reads, self.generator = up, up.width // f, reads, generator
-        self.time = _drawn(nn.Linear(up.timed, up.channels), generator)
-        self.first = _drawn(nn.Linear(up.channels, HIDDEN), generator)
-        self.second = _drawn(nn.Linear(HIDDEN, self.side**2), generator)
+        self.time = _drawn(up.timed, up.channels, generator)
+        self.first = _drawn(up.channels, HIDDEN, generator)
+        self.second = _drawn(HIDDEN, self.side**2, generator)
         self.adapters = nn.ModuleDict()
         for name, layer in list(up.attention.named_children()):
             if isinstance(layer, nn.Linear):
@@ -89,17 +89,26 @@ class MaskedUp(nn.Module):
         return {name: hard_mask(adapter(z), generator) for name, adapter in self.adapters.items()}
 
     def forward(self, below: Tensor, skip: Tensor, time: Tensor) -> Tensor:
-        for name, mask in self.masks(below, skip, time).items():
-            member = self.up.attention.get_submodule(name)
-            assert isinstance(member, Masked)
-            member.mask = mask
-        return self.up(below, skip, time)  # type: ignore[no-any-return]
+        masks = self.masks(below, skip, time)
+        for name, mask in masks.items():
+            self.linear(name).mask = mask
+        made: Tensor = self.up(below, skip, time)
+        for name in masks:
+            self.linear(name).mask = torch.ones(1, 1, 1)
+        return made
+
+    def linear(self, name: str) -> Masked:
+        member = self.up.attention.get_submodule(name)
+        assert isinstance(member, Masked)
+        return member
 
 
-def _drawn(layer: nn.Linear, generator: torch.Generator) -> nn.Linear:
-    """Weights from the generator, as wide as a linear's usual ones."""
+def _drawn(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear with weights from the generator, as wide as a linear's usual ones."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    assert isinstance(layer, nn.Linear)
     with torch.no_grad():
-        bound = layer.in_features**-0.5
+        bound = inputs**-0.5
         layer.weight.copy_((2 * torch.rand(layer.weight.shape, generator=generator) - 1) * bound)
         layer.bias.zero_()
     return layer

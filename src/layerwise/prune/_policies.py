@@ -40,9 +40,7 @@ class Shrinkage(nn.Module):
             self.reads = nn.LSTM(FEATURES + 1, HIDDEN, DEPTH, batch_first=True)
             self.says = nn.Linear(HIDDEN, choices)
 
-    def drawn(
-        self, features: Tensor, generator: Generator, factors: Sequence[float]
-    ) -> tuple[tuple[int, ...], Tensor]:
+    def drawn(self, features: Tensor, generator: Generator, factors: Sequence[float]) -> tuple[tuple[int, ...], Tensor]:
         state, before, actions, total = None, 1.0, [], torch.zeros(())
         for row in features:
             seen, state = self.reads(torch.cat([row, row.new_tensor([before])])[None, None], state)

@@ -98,7 +98,9 @@ def parameters_of(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def teach(student: nn.Module, wanted: Tensor, pixels: Tensor, labels: Tensor, steps: int, rate: float, seed: int) -> None:
+def teach(
+    student: nn.Module, wanted: Tensor, pixels: Tensor, labels: Tensor, steps: int, rate: float, seed: int
+) -> None:
     """Adam on cross-entropy and the squared distance of scores ``wanted`` [n, classes] from the teacher; then eval."""
     student.train()
     adam = torch.optim.Adam(student.parameters(), lr=rate, foreach=False)

@@ -98,7 +98,9 @@ class Fedtiny(Sparsifier):
             return Sparsified(module.eval())
         parts = divided(labels, self.devices, self.skew, examples.seed)
         devices = Devices(examples.pixels, labels, parts, examples.seed)
-        masks, losses = self.chosen(examples, devices)
+        found = self.candidates_of(examples)
+        losses = self.losses_of(examples, devices, found)
+        masks = found[losses.index(min(losses))]
         hold(module, masks)
         devices.restated(module)
         pace, turn = Pace(self.local, self.batch, self.rate), 0
@@ -123,37 +125,33 @@ class Fedtiny(Sparsifier):
         }
         return Sparsified(module.eval(), masks, {}, figures)
 
-    def chosen(self, examples: Examples, devices: Devices) -> tuple[dict[str, Tensor], list[float]]:
-        """The candidate of the least loss, and the losses of all."""
-        found = candidate_masks(examples, self)
-        losses = [candidate_loss(examples, devices, masks, self.statistics == "devices") for masks in found]
-        return found[losses.index(min(losses))], losses
+    def candidates_of(self, examples: Examples) -> list[dict[str, Tensor]]:
+        """Masks of the largest weights, all of the same number in all; the first of the same density everywhere."""
+        import torch
+
+        from layerwise.prune.sparsified import prunable, strongest
+
+        generator = torch.Generator().manual_seed(examples.seed)
+        named = prunable(examples.module, self.ends, "fedtiny")
+        weights = {name: value.detach().abs() for name, value in named.items()}
+        sizes, found = torch.tensor([value.numel() for value in weights.values()]), []
+        for place in range(self.candidates):
+            drawn = 2 * torch.rand(len(sizes), generator=generator, dtype=torch.float64) - 1
+            counts = shared_out(1 + (self.noise if place else 0.0) * drawn, sizes, self.density)
+            found.append({name: strongest(w, keep) for (name, w), keep in zip(weights.items(), counts, strict=True)})
+        return found
+
+    def losses_of(self, examples: Examples, devices: Devices, found: list[dict[str, Tensor]]) -> list[float]:
+        """What the devices report of every candidate."""
+        return [candidate_loss(examples, devices, masks, self.statistics == "devices") for masks in found]
 
 
-def candidate_masks(examples: Examples, setting: Fedtiny) -> list[dict[str, Tensor]]:
-    """Masks of the largest weights, all of the same number in all; the first of the same density everywhere."""
+def shared_out(weights: Tensor, sizes: Tensor, density: float) -> list[int]:
+    """How many each matrix keeps: ``density`` of all together exactly, shares as ``weights``, one at least."""
     import torch
 
-    from layerwise.prune.sparsified import prunable, strongest
-
-    generator = torch.Generator().manual_seed(examples.seed)
-    weights = {name: value.detach().abs() for name, value in prunable(examples.module, setting.ends, "fedtiny").items()}
-    sizes = torch.tensor([value.numel() for value in weights.values()])
-    found = []
-    for place in range(setting.candidates):
-        drawn = 2 * torch.rand(len(sizes), generator=generator, dtype=torch.float64) - 1
-        density = setting.density * (1 + (setting.noise if place else 0.0) * drawn)
-        counts = shared_out(density, sizes, setting.density)
-        found.append({name: strongest(w, keep) for (name, w), keep in zip(weights.items(), counts, strict=True)})
-    return found
-
-
-def shared_out(density: Tensor, sizes: Tensor, mean: float) -> list[int]:
-    """How many weights each matrix keeps: about ``density`` of it, ``mean`` of all together exactly, one at least."""
-    import torch
-
-    total = max(len(sizes), int(mean * int(sizes.sum()) + 0.5))
-    wanted = density * sizes
+    total = max(len(sizes), int(density * int(sizes.sum()) + 0.5))
+    wanted = weights * sizes
     counts = (wanted * (total / wanted.sum())).floor().long().clamp(min=1).minimum(sizes)
     while (missing := total - int(counts.sum())) != 0:
         room = torch.nonzero(counts < sizes if missing > 0 else counts > 1).flatten()
@@ -177,9 +175,11 @@ def candidate_loss(examples: Examples, devices: Devices, masks: Mapping[str, Ten
 
 def in_blocks(names: list[str], blocks: int) -> list[list[str]]:
     """Neighbouring matrices together, the block nearest to the output first."""
+    import itertools
+
     blocks = min(blocks, len(names))
     cuts = [round(i * len(names) / blocks) for i in range(blocks + 1)]
-    return [names[a:b] for a, b in zip(cuts, cuts[1:], strict=False)][::-1]
+    return [names[a:b] for a, b in itertools.pairwise(cuts)][::-1]
 
 
 def moving(masks: Mapping[str, Tensor], names: list[str], share: float, done: float) -> dict[str, int]:

@@ -1,14 +1,15 @@
 """N2N Learning: two recurrent policies search for a smaller student, rewarded for what students can be taught.
 
     stage 1  a bidirectional LSTM reads the layers; each is kept or removed
-    stage 2  an LSTM reads the layers that are left, and the factor it gave the one before; each gets a narrower width
+    stage 2  an LSTM reads the layers (one that is gone has width 0) and the factor it gave the one before; each gets a
+             factor of its width
     reward   R = (acc_s / acc_t) C (2 - C),   C = 1 - params_s / params_t     -1 for layers that do not fit together
-    update   the gradient of mean_n (R_n - b) sum_t log pi(a_t),  b = mean of the rewards before this update
+    update   the gradient of mean_n (R_n - b) sum_t log pi(a_t),  b = mean of all rewards before this update
 
 ``C (2 - C) = 1 - (params_s / params_t)^2``: of a smaller network ever less is gained, so accuracy comes to count. Every
 student is taught for a few steps, by labels and the teacher's scores, before it is judged on images that it was not
-taught; a student that was judged before keeps its reward. Stage 2 starts from the best student of stage 1, and the best
-of all is taught on.
+taught; a student that was judged before keeps its reward. The first update has its own mean for b. Stage 2 starts from
+the best student of stage 1, and the best of all is taught on.
 
 Source: A. Ashok et al., *N2N Learning: Network to Network Compression via Policy Gradient Reinforcement Learning*,
 arXiv 1709.06030. Chosen here: a trajectory is reinforced by its own reward (the authors' code takes the mean of the
@@ -27,7 +28,7 @@ from layerwise.technique import option, technique
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Generator, Tensor
+    from torch import Tensor
     from torch.nn import Module
 
     from layerwise.prune._students import Chain, Student
@@ -83,12 +84,21 @@ class N2n(Sparsifier):
         generator = torch.Generator().manual_seed(examples.seed)
         school = School(examples, chain, teacher, self.taught)
         policy = Removal(examples.seed)
-        rewards = self.search(lambda: policy.drawn(chain.features(chain.teacher), generator), policy, school,
-                              lambda kept: tuple(w * k for w, k in zip(chain.teacher, kept, strict=True)), examples)  # fmt: skip
+
+        def kept(actions: tuple[int, ...]) -> Student:
+            return tuple(width * action for width, action in zip(chain.teacher, actions, strict=True))
+
+        features = chain.features(chain.teacher)
+        rewards = self.search(lambda: policy.drawn(features, generator), policy, school, kept, examples)
         left = school.best()
-        narrow = Shrinkage(len(FACTORS), examples.seed)
-        rewards += self.search(lambda: narrow.drawn(chain.features(left), generator, FACTORS), narrow, school,
-                               lambda chosen: shrunk(left, chosen), examples)  # fmt: skip
+        narrow, seen = Shrinkage(len(FACTORS), examples.seed), chain.features(left)
+        rewards += self.search(
+            lambda: narrow.drawn(seen, generator, FACTORS),
+            narrow,
+            school,
+            lambda chosen: shrunk(left, chosen),
+            examples,
+        )
         student = chain.built(school.best(), examples.seed)
         assert student is not None
         pixels, labels, wanted = school.all

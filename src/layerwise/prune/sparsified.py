@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from layerwise.encoding.dense import DTYPES
 from layerwise.encoding.sparse import Sparse
 from layerwise.errors import InputError
+from layerwise.network.module import scores
 
 HALF = DTYPES["float16"]
 FEWEST = 2  # classes
@@ -35,13 +36,16 @@ class Examples:
     stepped: Callable[[], None] = lambda: None
 
     def targets(self, owner: str) -> Tensor:
-        """The labels; ``InputError`` where there are none, or they do not fit the images."""
+        """The labels; ``InputError`` where there are none, or they do not fit the images and the module's scores."""
         if self.labels is None:
             raise InputError(f"{owner} trains a classifier; give labels [n] with the images")
         if self.labels.dim() != 1 or self.labels.is_floating_point() or len(self.labels) != len(self.pixels):
             raise InputError(f"labels must be whole numbers [{len(self.pixels)}], one an image")
         if not len(self.labels) or int(self.labels.min()) < 0 or len(self.labels.unique()) < FEWEST:
             raise InputError(f"{owner} trains a classifier; give images of two classes or more, counted from 0")
+        classes = scores(copy.deepcopy(self.module).eval(), self.pixels[:FEWEST]).shape[1]
+        if int(self.labels.max()) >= classes:
+            raise InputError(f"labels reach {int(self.labels.max())}, and the module scores classes 0 to {classes - 1}")
         return self.labels
 
 

@@ -12,9 +12,9 @@ the mask and two values, mu and sigma, of every weight that is there (``_gaussia
 
 Source: J. Li et al., *Training Bayesian Neural Networks with Sparse Subspace Variational Inference*, arXiv 2402.11025.
 The paper's criteria by the mean and by E|w| alone are not options here. Chosen here: the prior's width is 0.1, as with
-0.005 (the authors' default) a small network learnt nothing in few steps; the first and the last matrix are sparse too
-unless ``ends=false``, as they are most of a small perceptron, and those that are not are no distributions; a network may
-start from the given weights, the largest of them (``start=given``), where the paper draws weights and mask at random.
+0.005 (the authors' default) a small network learnt nothing in 1000 steps; the first and the last matrix are sparse too
+unless ``ends=false``, as they are most of a small perceptron, and those that are not are no distributions; weights may
+start as the largest of the given network (``start=given``), where the paper draws weights and mask at random.
 """
 
 from __future__ import annotations
