@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from tests.contract.test_sparsifiers import pictures
-from torch import nn
+from torch import Tensor, nn
 
 from layerwise.prune._devices import Devices, divided, load_statistics, norm_statistics, norms_of, pooled
 from layerwise.prune.fedtiny import in_blocks, moving, refined, shared_out
-from layerwise.prune.sparsified import Examples, Sparsified, hold
+from layerwise.prune.sparsified import Examples, hold
 from layerwise.recipe import parse_sparsifier
 from layerwise.trials.sparsifiers import convolutions, drawn
 
@@ -89,23 +89,50 @@ def test_blocks_go_from_the_output_and_moves_end() -> None:
     assert moving(mask, ["a"], 0.3, 0.0) == {"a": 12} and moving(mask, ["a"], 0.3, 1.0) == {"a": 0}
 
 
-def test_the_bytes_of_all_settings_are_equal_and_the_devices_choice_and_moves_help() -> None:
-    """The ablation: on shifted devices' data the server's stale norms choose worse, a mask that stays trains worse."""
-    pixels, labels = pictures(400)
-    module = drawn(2, lambda: convolutions((8, 12, 12)))
+def trained() -> nn.Module:
+    """A network of the server's, whose images are darker than the devices'."""
+    (pixels, labels), module = pictures(200), drawn(2, lambda: convolutions((8, 12, 12)))
     adam = torch.optim.Adam(module.parameters(), 0.01)
-    for _ in range(60):
+    for _ in range(40):
         adam.zero_grad()
-        nn.functional.cross_entropy(module(pixels[:200]), labels[:200]).backward()
+        nn.functional.cross_entropy(module(pixels), labels).backward()
         adam.step()
-    seen = 1.5 * pixels[200:] + 0.5  # the devices' images are brighter than the server's
-    held, sizes, losses = pictures(300, seed=9), set(), {}
-    for text in ("", "statistics=server", "candidates=1,share=0.0"):
-        asked = ",".join(filter(None, ["density=0.06,steps=10,local=3,devices=4,candidates=10", text]))
-        found = parse_sparsifier(f"fedtiny:{asked}").sparsify(Examples(module.eval(), seen, labels[200:], 1))
+    return module.eval()
+
+
+def brighter(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    pixels, labels = pictures(count, seed)
+    return 1.5 * pixels + 0.5, labels
+
+
+@torch.no_grad()
+def loss_of(module: nn.Module, seen: tuple[Tensor, Tensor]) -> float:
+    return float(nn.functional.cross_entropy(module(seen[0]), seen[1]))
+
+
+def test_the_servers_stale_statistics_choose_a_worse_mask() -> None:
+    """The ablation: on held-out images, once the norms are right, the mask that the devices chose is the better one."""
+    module, seen, held = trained(), brighter(200, 1), brighter(400, 9)
+    losses = {}
+    for kind in ("devices", "server"):
+        setting: Any = parse_sparsifier(f"fedtiny:density=0.1,candidates=24,devices=4,statistics={kind}")
+        examples = Examples(module, *seen, seed=1)
+        devices = Devices(*seen, divided(seen[1], 4, 0.5, 1), 1)
+        found = setting.candidates_of(examples)
+        reported = setting.losses_of(examples, devices, found)
+        made = copy.deepcopy(module)
+        hold(made, found[reported.index(min(reported))])
+        devices.restated(made)
+        losses[kind] = loss_of(made.eval(), held)
+    assert losses["devices"] < losses["server"], losses
+
+
+def test_at_equal_bytes_the_devices_choice_and_moves_beat_magnitude() -> None:
+    module, seen, held = trained(), brighter(200, 1), brighter(400, 9)
+    sizes, losses = set(), []
+    for text in ("", ",candidates=1,share=0.0"):
+        setting = parse_sparsifier(f"fedtiny:density=0.06,steps=10,local=3,devices=4,candidates=10{text}")
+        found = setting.sparsify(Examples(module, *seen, seed=1))
         sizes.add(found.nbytes)
-        with torch.no_grad():
-            losses[text] = float(nn.functional.cross_entropy(found.module(1.5 * held[0] + 0.5), held[1]))
-        assert isinstance(found, Sparsified)
-    assert len(sizes) == 1
-    assert losses[""] < losses["statistics=server"] and losses[""] < losses["candidates=1,share=0.0"], losses
+        losses.append(loss_of(found.module, held))
+    assert len(sizes) == 1 and losses[0] < losses[1], losses

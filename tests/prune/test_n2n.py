@@ -104,11 +104,10 @@ def test_policies_that_learn_draw_better_students_than_chance() -> None:
     found, _ = chain()
     school: Any = Known()
     examples = Examples(nn.Identity(), torch.zeros(1, 1))
-    later = {}
+    later, features = {}, found.features(found.teacher)
     for rate in (0.03, 0.0):
         setting: Any = parse_sparsifier(f"n2n:steps=40,students=5,rate={rate}")
         policy, generator = Removal(0), torch.Generator().manual_seed(0)
-        features = found.features(found.teacher)
         rewards = setting.search(
             lambda p=policy, g=generator: p.drawn(features, g),
             policy,

@@ -67,8 +67,6 @@ class Chain:
                     layer = _renormed(layer, x.shape[1]) if isinstance(layer, NORMS) else copy.deepcopy(layer)
                 else:
                     layer = copy.deepcopy(layer)
-                if layer is None:
-                    return None
                 try:
                     x = layer.eval()(x)
                 except RuntimeError:  # a kernel that is larger than what is left of the image
@@ -125,7 +123,7 @@ def _width(layer: nn.Module) -> int:
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
 
 
-def _resized(layer: nn.Conv2d | nn.Linear, wide: int, width: int) -> nn.Module | None:
+def _resized(layer: nn.Conv2d | nn.Linear, wide: int, width: int) -> nn.Module:
     """The layer for so many inputs and outputs; itself where they are what they were."""
     if isinstance(layer, nn.Linear):
         if (wide, width) == (layer.in_features, layer.out_features):

@@ -100,18 +100,18 @@ class Sparsified:
             return self.module(pixels).softmax(1)
         generator, made = torch.Generator().manual_seed(seed), copy.deepcopy(self.module)
         means = {name: value.detach().clone() for name, value in self.module.named_parameters() if name in self.spreads}
-        total = 0
+        total: Tensor = torch.zeros(())
         for _ in range(draws):
             for name, mean in means.items():
                 noise = torch.randn(mean.shape, generator=generator)
                 made.get_parameter(name).copy_(mean + self.spreads[name] * noise)
             total = total + made(pixels).softmax(1)
-        return total / draws  # type: ignore[operator, no-any-return]
+        return total / draws
 
 
-def prunable(module: nn.Module, ends: bool, owner: str) -> dict[str, nn.Parameter]:
+def prunable(module: nn.Module, ends: bool, owner: str) -> dict[str, Tensor]:
     """Weights of linears and convolutions by name, in order; without the first and the last one unless ``ends``."""
-    found = {
+    found: dict[str, Tensor] = {
         f"{path}.weight": member.weight
         for path, member in module.named_modules()
         if isinstance(member, nn.Linear | nn.Conv2d)

@@ -210,27 +210,27 @@ def device_trials(mine: Any, data: Digits, seed: int, stage: Stage, study: Study
         for s, f in found.items()
         if s != mine
     ]
-    order = {
-        kind: 1 - candidate_order(replace(mine, statistics=kind), given, data, seed, study)
-        for kind in ("devices", "server")
-    }
-    name = f"{study.candidates} candidates of {mine}, statistics of the "
-    size = found[mine].nbytes
-    return [*trials, trial((f"{name}devices", size), (f"{name}server", size), ORDER, order["devices"], order["server"],
-                           where)]  # fmt: skip
+    name, size = f"{study.candidates} candidates of {mine}, statistics of the ", found[mine].nbytes
+    with stage("order of the candidates", study.candidates) as advance:
+        mean, other = (1 - order for order in candidate_orders(mine, given, data, seed, study, advance))
+    return [*trials, trial((f"{name}devices", size), (f"{name}server", size), ORDER, mean, other, where)]
 
 
-def candidate_order(mine: Any, given: nn.Module, data: Digits, seed: int, study: Study) -> float:
-    """Spearman's rank correlation of the candidates' losses at the choice with their losses after some rounds."""
+def candidate_orders(
+    mine: Any, given: nn.Module, data: Digits, seed: int, study: Study, advance: Callable[[], None]
+) -> list[float]:
+    """Spearman's rank correlation of the candidates' losses at the choice with their losses after some rounds.
+
+    With the devices' statistics in the norms, and with the server's.
+    """
     from layerwise.prune._devices import Devices, Pace, divided
 
     examples = Examples(given, data.pixels, data.labels, seed)
     parts = divided(data.labels, mine.devices, mine.skew, seed)
+    several = [replace(mine, candidates=study.candidates, statistics=kind) for kind in ("devices", "server")]
+    masks, after = several[0].candidates_of(examples), []
     devices = Devices(data.pixels, data.labels, parts, seed)
-    several = replace(mine, candidates=study.candidates)
-    masks = several.candidates_of(examples)
-    first = several.losses_of(examples, devices, masks)
-    after = []
+    first = [setting.losses_of(examples, devices, masks) for setting in several]
     for mask in masks:
         made, fresh = copy.deepcopy(given), Devices(data.pixels, data.labels, parts, seed)
         hold(made, mask)
@@ -239,12 +239,13 @@ def candidate_order(mine: Any, given: nn.Module, data: Digits, seed: int, study:
             fresh.train(made, mask, Pace(mine.local, mine.batch, mine.rate))
         fresh.restated(made, most=len(data.pixels))
         after.append(loss_and_error(Sparsified(made.eval(), mask), data, seed)[0])
-    return rank_correlation(first, after)
+        advance()
+    return [rank_correlation(losses, after) for losses in first]
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's, equal values in the order in which they come."""
-    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(1, stable=True).argsort(1, stable=True).double()
+    ranks = torch.tensor([a, b], dtype=torch.float64).argsort(dim=1, stable=True).argsort(dim=1, stable=True).double()
     return float(torch.corrcoef(ranks)[0, 1])
 
 
