@@ -15,7 +15,7 @@ The paper's criteria by the mean and by E|w| alone are not options here. Chosen 
 0.005 (the authors' default) a small network learnt nothing in 1000 steps; the first and the last matrix are sparse too
 unless ``ends=false``, as they are most of a small perceptron, and those that are not are no distributions; weights may
 start as the largest of the given network (``start=given``), where the paper draws weights and mask at random. It is
-held against magnitude in as many bytes: twice as many weights of one value each, not half as many of two.
+held against magnitude in as many bytes, which then keeps almost twice as many weights of one value each.
 """
 
 from __future__ import annotations
