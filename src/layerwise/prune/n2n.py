@@ -15,7 +15,9 @@ Source: A. Ashok et al., *N2N Learning: Network to Network Compression via Polic
 arXiv 1709.06030. Chosen here: a trajectory is reinforced by its own reward (the authors' code takes the mean of the
 update); only widths shrink; a layer inherits its weights where its shape is the teacher's; policies learn faster than
 theirs, as there are ten updates and not a hundred. A network that keeps all of itself earns nothing, so much is removed
-early on. Per second of computing, pruning by scores is far ahead: this is a baseline of search.
+early on.
+What came of it (``layerwise bench n2n``): later students earn clearly more than those of random search, the best of all
+does not, at a hundred students; and magnitude in as many bytes, masks counted, loses less. A baseline of search.
 """
 
 from __future__ import annotations
