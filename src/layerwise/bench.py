@@ -25,7 +25,16 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.roles import ActivationQuantizer, Blueprint, Distiller, Generator, NetworkRewrite, NetworkSurgeon, Probe
+from layerwise.roles import (
+    ActivationQuantizer,
+    Blueprint,
+    Distiller,
+    Generator,
+    NetworkRewrite,
+    NetworkSurgeon,
+    Probe,
+    Sparsifier,
+)
 from layerwise.technique import Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
@@ -36,6 +45,7 @@ from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
+from layerwise.trials.sparsifiers import sparsifier_trials
 from layerwise.wanted import wanted_of
 
 ROLES = {
@@ -48,6 +58,7 @@ ROLES = {
     Generator.role: generator_trials,
     Distiller.role: distiller_trials,
 }
+GROUNDLESS = {Sparsifier.role: sparsifier_trials}  # they bring networks and data of their own
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
@@ -98,6 +109,12 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     values: dict[int, list[tuple[Trial, float, float]]] = {}  # trial -> (trial, its value, the baseline's), by seed
     network = metric = data = ""
     for seed in asked.seeds:
+        if technique.role in GROUNDLESS:
+            trials = GROUNDLESS[technique.role](asked.technique, seed, Stopwatch(progress).stage)
+            for place, trial in enumerate(trials):
+                assert trial.figures is not None
+                values.setdefault(place, []).append((trial, trial.figures.setting, trial.figures.baseline))
+            continue
         with ground_of(asked, seed, progress) as ground:
             trials = ROLES[technique.role](ground, asked.technique)
             scores = measured(ground, trials)
@@ -113,7 +130,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     rows = tuple(
         Row(
             network=(found[0][0].figures.network if found[0][0].figures else "") or network,
-            data=data,
+            data=(found[0][0].figures.data if found[0][0].figures else "") or data,
             metric=found[0][0].figures.metric if found[0][0].figures else metric,
             setting=found[0][0].setting.recipe,
             bytes=max(trial.setting.bytes for trial, _, _ in found),
@@ -149,13 +166,18 @@ def check(asked: Bench) -> type[Technique]:
         )
     technique = find(asked.technique.partition(":")[0])
     parse_technique(asked.technique)
-    if technique.role not in ROLES:
+    known = {**ROLES, **GROUNDLESS}
+    if technique.role not in known:
         article = "an" if technique.role[0] in "aeiou" else "a"
         raise InputError(
             f"{technique.name} is {article} {technique.role}, which bench cannot measure; "
-            f"it measures techniques of the roles {', '.join(ROLES)}"
+            f"it measures techniques of the roles {', '.join(known)}"
         )
     given = [asked.network, asked.calibrate, asked.evaluate]
+    if technique.role in GROUNDLESS:
+        if any(given):
+            raise InputError(f"{technique.name} is measured on networks of its own; leave out --network and its texts")
+        return technique
     if any(given) and not all(given):
         raise InputError("give --network, --calibrate and --evaluate together, or none of them for the example network")
     if not any(given):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from layerwise.plan.measures import Measures
     from layerwise.plan.tree import Allocation, Node
     from layerwise.probe.measurement import Measurement
+    from layerwise.prune.sparsified import Examples, Sparsified
     from layerwise.tune.scope import Tuned, TunedScope
 
 
@@ -291,3 +292,26 @@ class Distiller(Technique):
     @abstractmethod
     def check(self, lesson: Lesson) -> None:
         """``InputError`` where the lesson is of a kind, or of widths, that the method does not take."""
+
+
+class Sparsifier(Technique):
+    """A module in memory and examples in, a copy with weights at zero, or a smaller module, out: pruning that trains.
+
+    The given module stays as it is. Where a mask is false the result's weight is exactly zero; zero steps give the
+    given values; a seed decides everything. What is stored is counted with the masks (``Sparsified.nbytes``).
+    rivals: options under which the same file prunes by what the paper holds its method against, or without its idea.
+    study: what ``bench`` measures it on, see ``trials/sparsifiers.py``.
+    """
+
+    role = "sparsifier"
+    rivals: ClassVar[tuple[str, ...]] = ()
+    study: ClassVar[str]
+    steps: int
+
+    @abstractmethod
+    def sparsify(self, examples: Examples) -> Sparsified:
+        """Prune and train a copy of ``examples.module``."""
+
+    @abstractmethod
+    def check(self, examples: Examples) -> None:
+        """``InputError`` where the module or the examples are of a kind that the method does not take."""

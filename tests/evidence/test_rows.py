@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.bench import ROLES, Bench, read_seeds
+from layerwise.bench import GROUNDLESS, ROLES, Bench, read_seeds
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -25,9 +25,20 @@ from layerwise.trials.distillers import METRICS as OF_DISTILLERS
 from layerwise.trials.generators import METRICS as OF_GENERATORS
 from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
+from layerwise.trials.sparsifiers import METRICS as OF_SPARSIFIERS
 
 TECHNIQUES = techniques_with_evidence()
-METRICS = {"kl", "distance", "perplexity", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_GENERATORS, *OF_DISTILLERS}
+METRICS = {
+    "kl",
+    "distance",
+    "perplexity",
+    EXACTNESS,
+    METRIC,
+    *OF_BLUEPRINTS,
+    *OF_GENERATORS,
+    *OF_DISTILLERS,
+    *OF_SPARSIFIERS,
+}
 
 
 def test_evidence_is_there() -> None:
@@ -39,7 +50,7 @@ def test_a_file_names_a_registered_technique_and_its_paper(name: str) -> None:
     found = read_evidence(name)
     assert found is not None and found.technique == name and name in names()
     assert found.paper == find(name).paper
-    assert find(name).role in ROLES
+    assert find(name).role in {*ROLES, *GROUNDLESS}
     assert found.rows
     assert found.text() == evidence_file(name).read_text(encoding="utf-8")  # the form in which bench writes it
 
@@ -65,16 +76,7 @@ def test_rows_are_measurements(name: str) -> None:
     found = read_evidence(name)
     assert found is not None
     for row in found.rows:
-        assert row.metric in (
-            "kl",
-            "distance",
-            "perplexity",
-            EXACTNESS,
-            METRIC,
-            *OF_BLUEPRINTS,
-            *OF_GENERATORS,
-            *OF_DISTILLERS,
-        )
+        assert row.metric in METRICS
         least = 0 if row.metric == METRIC else 1e-12  # ranks of few places can agree in full
         assert row.value >= least and row.baseline.value > 0 and 0 <= row.spread <= row.value
         assert row.bytes > 0 and row.baseline.bytes > 0
