@@ -217,7 +217,7 @@ def test_nothing_is_touched_behind_the_ends(path: str, int8: bool):
     with guarded(70 * 4) as source, guarded(19 * 4) as target:
         ctypes.memmove(source.at, x.data_ptr(), 70 * 4)
         status = loaded.layerwise_multiply(
-            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, 1 if int8 else 3, 1
+            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, None, 1 if int8 else 3, 1
         )  # fmt: skip
         found = torch.frombuffer(bytearray(ctypes.string_at(target.at, 19 * 4)), dtype=torch.float32)
     assert status == 0 and torch.equal(found[None], matrix.multiply(x, int8=int8, path=path))

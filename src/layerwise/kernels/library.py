@@ -18,7 +18,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 2  # of the C interface
+VERSION = 3  # of the C interface
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
 
@@ -50,7 +50,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_multiply": (
         ctypes.c_int32,
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
-        + (ctypes.c_int64, ctypes.c_int32, ctypes.c_int32),
+        + (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
     ),
     "layerwise_decode": (
         ctypes.c_int32,

@@ -37,7 +37,7 @@ static inline int32_t within(int32_t v, int32_t most) { return v > most ? most :
 
 // Whole numbers of one block, as digits from -128 to 127, the lowest first.
 template <int kDigits>
-static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, int32_t* counts) {
+static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, float* counts) {
   alignas(kLine) int8_t digit[kDigits][kLongestBlock];
   int32_t count[3] = {};
   for (int k = 0; k < block.length; ++k) {
@@ -60,7 +60,7 @@ static inline void block_digits(const float* x, const Block& block, float invers
   for (int d = 0; d < kDigits; ++d) {
     for (int k = 0; k < block.length; ++k) count[d] += digit[d][k];
     memset(digit[d] + block.length, 0, size_t(block.padded - block.length));
-    counts[d] = count[d];
+    counts[d] = float(count[d]);
   }
   if constexpr (kDigits == 1) {
     memcpy(to, digit[0], size_t(block.padded));
@@ -90,11 +90,11 @@ void token_digits(const Matrix& m, const float* x, int64_t token, const Activati
       block_digits<kDigits>(x, block, kTop / largest, to, counts);
     } else {
       memset(to, 0, size_t(block.padded) * kDigits);
-      memset(counts, 0, sizeof(int32_t) * kDigits);
+      for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
     }
-    float sum = float(counts[0]);
-    if constexpr (kDigits > 1) sum += float(counts[1]) * 256.0f;
-    if constexpr (kDigits > 2) sum += float(counts[2]) * 65536.0f;
+    float sum = counts[0];
+    if constexpr (kDigits > 1) sum += counts[1] * 256.0f;
+    if constexpr (kDigits > 2) sum += counts[2] * 65536.0f;
     a.sums[at] = sum;
   }
 }

@@ -57,15 +57,14 @@ struct Product {
   const Matrix* matrix;
   const Activations* activations;
   int64_t first, last;
-  float* y;
-  int64_t stride;
+  Output out;
 };
 
 void multiply_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
   const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
-  if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.y, p.stride);
+  if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.out);
 }
 
 struct Quantization {
@@ -110,7 +109,7 @@ void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
   const int64_t first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.y + first * kRows, p.stride);
+  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.out.y + first * kRows, p.out.stride);
 }
 
 struct Reading {
@@ -131,7 +130,7 @@ void read_part(void* data, int part, int parts) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 2; }
+LAYERWISE_API int32_t layerwise_version() { return 3; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -164,12 +163,12 @@ LAYERWISE_API int64_t layerwise_bytes(const void* matrix) {
 
 // y [tokens, rows] = x [tokens, columns] W^T, both with a stride between tokens and 1 between features; any alignment
 // of a float. digits: of the activations, 1 to 3, see layout.h; tables take them as floats. 0 done; 1 no such path; 2 no
-// such digits; 3 no memory.
+// such digits; 3 no memory. bias: [rows], added to every token, or null.
 LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, const float* x, int64_t tokens,
-                                         int64_t x_stride, float* y, int64_t y_stride, int32_t digits,
-                                         int32_t threads) {
+                                         int64_t x_stride, float* y, int64_t y_stride, const float* bias,
+                                         int32_t digits, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, 0, m.tiles, y, y_stride};
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}};
   if (p.path == nullptr) return 1;
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
@@ -185,7 +184,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
     a.codes = reinterpret_cast<int8_t*>(memory);
     a.steps = reinterpret_cast<float*>(memory + values);
     a.sums = a.steps + sums;
-    a.counts = reinterpret_cast<int32_t*>(a.sums + sums);
+    a.counts = a.sums + sums;
   }
   Quantization q = {p.path, &m, &a, x, x_stride};
   parallel(tokens < 8 ? 1 : useful_threads(int64_t(values), tokens, threads), quantize_part, &q);
@@ -199,7 +198,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
                                        int64_t stride, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, first, last, y, stride};
+  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}};
   if (p.path == nullptr) return 1;
   if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
   parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);

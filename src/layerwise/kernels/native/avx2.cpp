@@ -16,6 +16,7 @@ struct Simd {
   static constexpr int kChains = 2;  // times two halves
   static constexpr int kTokens = 2;  // 8 sums of 16 registers
   static constexpr int kSums = 4;    // 8 of 16 registers
+  static constexpr int kPanelSums = 4;
   static constexpr int kHalves = 1;
 
   static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
@@ -70,6 +71,9 @@ struct Simd {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
   static inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+  static inline Floats less(Floats c, Floats a, Floats b) {  // c - a b
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) {
     _mm256_storeu_ps(to, v.low);

@@ -20,6 +20,7 @@ struct Simd {
   static constexpr int kChains = 2;
   static constexpr int kTokens = 1;
   static constexpr int kSums = 1;
+  static constexpr int kPanelSums = 1;
   static constexpr int kHalves = 1;
 
 #define LAYERWISE_LANES(type, value)                     \
@@ -66,6 +67,7 @@ struct Simd {
   static inline Floats fused(Floats a, Floats b, Floats c) {
     LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
   }
+  static inline Floats less(Floats c, Floats a, Floats b) { LAYERWISE_LANES(Floats, c.lane[r] - a.lane[r] * b.lane[r]); }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES
