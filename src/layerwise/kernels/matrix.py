@@ -95,9 +95,7 @@ class PackedMatrix:
         twin._own(handle)
         return twin
 
-    def multiply(
-        self, x: Tensor, *, int8: bool = False, path: str | None = None, bias: Tensor | None = None
-    ) -> Tensor:
+    def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None, bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
 
         bias: float32 ``[rows]``, contiguous; it is added before the result is rounded to ``x``'s type. int8: round the activations to int8 first (not for tables of levels). path: take another than the chosen one.

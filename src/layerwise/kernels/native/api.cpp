@@ -126,6 +126,20 @@ void read_part(void* data, int part, int parts) {
   __atomic_fetch_xor(&r.found, sum, __ATOMIC_RELAXED);
 }
 
+struct Counting {
+  const Path* path;
+  int64_t rounds, products;
+  int32_t found;
+};
+
+void count_part(void* data, int, int) {
+  auto& c = *static_cast<Counting*>(data);
+  int32_t found = 0;
+  const int64_t products = c.path->dots(c.rounds, &found);
+  __atomic_fetch_add(&c.products, products, __ATOMIC_RELAXED);
+  __atomic_fetch_xor(&c.found, found, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
@@ -212,4 +226,22 @@ LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int3
   if (r.path == nullptr) return 0;
   parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
   return r.found;
+}
+
+// Products of codes and digits by every thread, with hardly a load; returns how many. The limit of large batches.
+LAYERWISE_API int64_t layerwise_dots(const char* path, int64_t rounds, int32_t threads) {
+  Counting c = {path_named(path), rounds, 0, 0};
+  if (c.path == nullptr || rounds < 1) return 0;
+  parallel(threads < 1 ? 1 : threads, count_part, &c);
+  return c.products;
+}
+
+// See parts.h. 0 done; 1 no such path; 3 no memory; 4 it does not fit together.
+LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size, int32_t threads) {
+  if (attention == nullptr || size != int64_t(sizeof(Attention))) return 4;
+  Attention a = *attention;
+  const Path* path = path_named(a.path);
+  if (path == nullptr) return 1;
+  a.path = path->name;
+  return attend(a, threads);
 }

@@ -36,6 +36,10 @@ struct Simd {
   static inline Ints bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static inline Ints bits(Floats v) { return _mm512_castps_si512(v); }
+  static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+  }
   static inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -113,5 +117,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx512 = {"avx512", multiply, decode, read_lines, quantize};
+const Path kAvx512 = {"avx512", multiply, decode, read_lines, dots, quantize};
 }

@@ -97,6 +97,7 @@ struct Path {
   void (*multiply)(const Matrix&, const Activations&, int64_t first, int64_t last, const Output& out);
   void (*decode)(const Matrix&, int64_t first, int64_t last, float* y, int64_t stride);
   uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every line: the limit that a product is held against
+  int64_t (*dots)(int64_t rounds, int32_t* found);  // nothing else: the limit of many tokens; how many products
   void (*quantize)(const Matrix&, const float* x, int64_t x_stride, int64_t first, int64_t last, const Activations&);
 };
 

@@ -55,6 +55,14 @@ struct Simd {
     LAYERWISE_LANES(Floats, half_to_float(half[r]));
   }
   static inline Ints bytes(const uint8_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline Ints bits(const Floats& v) {
+    Ints out;
+    memcpy(out.lane, v.lane, 64);
+    return out;
+  }
+  static inline void keep_low(int8_t* to, const Ints& v) {  // the low byte of every lane
+    for (int r = 0; r < 16; ++r) to[r] = int8_t(v.lane[r]);
+  }
   static inline Floats to_float(Ints v) { LAYERWISE_LANES(Floats, float(v.lane[r])); }
   static inline Floats plus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] + b.lane[r]); }
   static inline Floats minus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] - b.lane[r]); }
@@ -121,5 +129,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kPortable = {"portable", multiply, decode, read_lines, quantize};
+const Path kPortable = {"portable", multiply, decode, read_lines, dots, quantize};
 }

@@ -423,24 +423,27 @@ LAYERWISE_INLINE void panel_of(const Matrix& m, const Activations& a, const Pane
 }
 
 constexpr int kPanelTokens = 96;  // whose totals, with the activations of a block, lie in the first cache
+constexpr int kKeptPanels = 24;   // of a tile, in the second: no more are kept from one round to the next
 
 template <int kBits, int kDigits>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
   constexpr int kMost = Simd::kPanelSums / (Simd::kHalves * kDigits);
   constexpr int kTogether = kMost > 8 ? 8 : kMost > 0 ? kMost : 1;
   constexpr int kFit = kPanelTokens / kDigits / kTogether * kTogether;
-  Panel panel;
+  Panel panels[kKeptPanels];
   alignas(kLine) float totals[kPanelTokens * kRows];
   const uint8_t* base = m.data + tile * m.tile_bytes;
   const int64_t all = int64_t(m.planes) * m.blocks;
   // As many rounds as are needed, alike: a last one of few tokens would decode everything for little.
   const int64_t rounds = (a.tokens + kFit - 1) / kFit;
   const int64_t each_round = (a.tokens + rounds * kTogether - 1) / (rounds * kTogether) * kTogether;
+  const bool keep = rounds > 1 && all <= kKeptPanels;
   for (int64_t first = 0; first < a.tokens; first += each_round) {
     const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
     memset(totals, 0, size_t(last - first) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
-      prepare_panel<kBits>(m, base, b, panel);
+      Panel& panel = panels[keep ? b : 0];
+      if (!keep || first == 0) prepare_panel<kBits>(m, base, b, panel);
       int64_t t = first;
       for (; t + kTogether <= last; t += kTogether) {
         panel_of<kDigits, kTogether>(m, a, panel, b, t, totals + (t - first) * kRows);
@@ -552,6 +555,28 @@ void multiply(const Matrix& m, const Activations& a, int64_t first, int64_t last
     if (a.digits == 2) return whole_tiles<kBits, 2>(m, a, first, last, out);
     return whole_tiles<kBits, 3>(m, a, first, last, out);
   });
+}
+
+// Dot products of what the first cache holds, as many at a time as there are sums, and nothing else.
+int64_t dots(int64_t rounds, int32_t* found) {
+  constexpr int kOwn = Simd::kPanelSums < 16 ? Simd::kPanelSums : 16;
+  Simd::Ints sum[kOwn];
+  alignas(kLine) uint8_t bytes[kLine];
+  memset(bytes, 3, sizeof(bytes));
+  int8_t x[4 * kOwn];
+  memset(x, 1, sizeof(x));
+#pragma GCC unroll 16
+  for (int i = 0; i < kOwn; ++i) sum[i] = Simd::whole(i);
+  for (int64_t round = 0; round < rounds; ++round) {
+    __asm__ volatile("" : : "r"(bytes), "r"(x) : "memory");  // or the compiler would work part of it out beforehand
+    const Simd::Bytes codes = Simd::load(bytes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kOwn; ++i) sum[i] = Simd::template dot<7>(sum[i], codes, x + 4 * i);
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < kOwn; ++i) sum[0] = Simd::plus(sum[0], sum[i]);
+  memcpy(found, &sum[0], sizeof(*found));
+  return rounds * kOwn * kLine;
 }
 
 void decode(const Matrix& m, int64_t first, int64_t last, float* y, int64_t stride) {
