@@ -19,7 +19,7 @@ FAST_PATH = "avx512"
 
 
 def attention_takes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether ``attend`` is for these: float32 values on the CPU, of the sizes that it knows, with no gradient to record.
+    """Whether ``attend`` is for these: float32 values on the CPU, of sizes that it knows, with no gradient.
 
     Only where the chosen path has registers for it: elsewhere torch's own is faster.
     """

@@ -3,9 +3,10 @@
 For each shape a set of more than ``SET_BYTES`` of every form is made, so that weights come from memory and not from a
 cache, and all of them are timed in turn, round after round: what else the machine does meets all alike. A row's share
 is packed bytes over median time, over the bandwidth of only reading the same bytes with the same threads in the same
-rounds. Its share of dot products is of those that a loop does that has nothing else to do, again in the same rounds:
-exact activations take three for every product with float32 ones. Other engines that are installed (``peers.py``) are timed in the rounds of one form, that of int4 where it is
-among them. Figures are of one machine at one time; nothing here judges them.
+rounds. Its share of dot products is of those that a loop does that has nothing else to do, again in the same rounds;
+exact activations take three for every product with float32 ones. Other engines that are installed (``peers.py``) are
+timed in the rounds of one form, that of int4 where it is among them. Figures are of one machine at one time; nothing
+here judges them.
 """
 
 from __future__ import annotations
