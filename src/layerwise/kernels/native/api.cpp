@@ -58,10 +58,21 @@ struct Product {
   const Activations* activations;
   int64_t first, last;
   Output out;
+  int64_t next;  // tile that nobody has taken yet; negative: every thread has its own run of them
 };
 
+// From so many tokens on tiles are taken one by one: a thread that is held up is not waited for.
+constexpr int64_t kShared = 16;
+
 void multiply_part(void* data, int part, int parts) {
-  const auto& p = *static_cast<Product*>(data);
+  auto& p = *static_cast<Product*>(data);
+  if (p.next >= 0) {
+    for (;;) {
+      const int64_t tile = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED);
+      if (tile >= p.last) return;
+      p.path->multiply(*p.matrix, *p.activations, tile, tile + 1, p.out);
+    }
+  }
   const int64_t tiles = p.last - p.first;
   const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
   if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.out);
@@ -182,7 +193,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
                                          int64_t x_stride, float* y, int64_t y_stride, const float* bias,
                                          int32_t digits, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}};
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}, tokens < kShared ? -1 : 0};
   if (p.path == nullptr) return 1;
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
@@ -212,7 +223,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
                                        int64_t stride, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}};
+  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}, -1};
   if (p.path == nullptr) return 1;
   if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
   parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);
