@@ -193,6 +193,71 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["whole zeros", "symmetric", "float zeros"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_many_tokens_are_each_as_they_are_alone(bits: int, kind: str):
+    """Whatever else is in a batch, a token's result has the same bits: it is added up in the same order."""
+    matrix = packed(integer(40, 100, bits, 32, **KINDS[kind]))  # type: ignore[arg-type]
+    for count in (9, 12, 33, 97, 205):  # one round of a panel and several, whole and with rests
+        x = normal(count, 100, seed=count)
+        for path in paths():
+            for int8 in (True, False):
+                if count >= 128 and not int8 and path != "avx512":
+                    continue  # torch multiplies decoded panels there, in an order of its own
+                together = matrix.multiply(x, int8=int8, path=path)
+                for token in (0, 7, 8, count - 1):
+                    alone = matrix.multiply(x[token : token + 1], int8=int8, path=path)
+                    assert torch.equal(together[token : token + 1], alone), (path, count, token)
+
+
+def test_many_tokens_of_more_blocks_than_are_kept():
+    form = integer(33, 30 * 8, 4, 8)  # 30 blocks
+    check(form, tokens=(100, 200))
+    check(ternary(33, 300, 20, 2), tokens=(100,))
+    matrix, x = packed(form), normal(200, 240)
+    expected = matrix.multiply(x, int8=True)
+    assert all(torch.equal(matrix.multiply(x, int8=True, path=path), expected) for path in paths())
+
+
+def test_many_tokens_do_not_depend_on_threads():
+    matrix, x = packed(integer(200, 256, 4, 64)), normal(130, 256)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append([matrix.multiply(x, int8=True, path=path) for path in paths()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][0], one) for several in found for one in several)
+
+
+@pytest.mark.parametrize("form", ["integer", "factors", "codebook", "ternary"])
+def test_a_bias_is_the_same_sum(form: str):
+    made: dict[str, Encoded] = {
+        "integer": integer(35, 96, 4, 32),
+        "factors": integer(35, 96, 4, 32, scale_bits=8),
+        "codebook": codebook(35, 96, "nf4", 16),
+        "ternary": ternary(35, 96, 32, 2),
+    }
+    matrix, bias = packed(made[form]), normal(35, seed=9)
+    for count in (1, 5, 40, 140):
+        x = normal(count, 96)
+        for path in paths():
+            for int8 in (False, True) if form != "codebook" else (False,):
+                expected = matrix.multiply(x, int8=int8, path=path) + bias
+                assert torch.equal(matrix.multiply(x, int8=int8, path=path, bias=bias), expected), (path, count)
+
+
+@pytest.mark.parametrize("path", paths())
+def test_the_limit_of_large_batches_counts_its_products(path: str):
+    loaded = library()
+    assert loaded is not None
+    one = loaded.layerwise_dots(path.encode(), 10, 1)
+    assert one > 0 and one % 640 == 0 and loaded.layerwise_dots(path.encode(), 20, 2) in (2 * one, 4 * one)
+    assert loaded.layerwise_dots(b"neon", 10, 1) == 0
+
+
 @pytest.mark.parametrize("path", paths())
 def test_unaligned_and_strided_memory(path: str):
     form = integer(20, 64, 4, 32)
@@ -217,7 +282,7 @@ def test_nothing_is_touched_behind_the_ends(path: str, int8: bool):
     with guarded(70 * 4) as source, guarded(19 * 4) as target:
         ctypes.memmove(source.at, x.data_ptr(), 70 * 4)
         status = loaded.layerwise_multiply(
-            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, 1 if int8 else 3, 1
+            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, None, 1 if int8 else 3, 1
         )  # fmt: skip
         found = torch.frombuffer(bytearray(ctypes.string_at(target.at, 19 * 4)), dtype=torch.float32)
     assert status == 0 and torch.equal(found[None], matrix.multiply(x, int8=int8, path=path))

@@ -92,6 +92,7 @@ def test_every_module_has_a_number_of_its_own_and_is_let_go():
         operators.packed_product(inputs(1, 96), number, 40)
 
 
+@pytest.mark.slow
 def test_inductor_runs_it_where_there_is_a_compiler():
     import shutil
 

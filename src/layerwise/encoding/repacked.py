@@ -31,11 +31,14 @@ LANE = 4
 
 
 class Multiplier(Protocol):
-    """What a form multiplies with. ``table``: codes that are places in a table, without a product with int8."""
+    """What a form multiplies with. ``table``: codes that are places in a table, without a product with int8.
+
+    ``bias`` is float32 [rows] on the CPU, for float32 activations alone: the sum is then that of ``y + bias``.
+    """
 
     table: bool
 
-    def multiply(self, x: Tensor, *, int8: bool = False) -> Tensor: ...
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +48,11 @@ class SumProduct:
     parts: tuple[Multiplier | Encoded, ...]
     table = False
 
-    def multiply(self, x: Tensor, *, int8: bool = False) -> Tensor:
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
         first, *others = (_part_product(part, x, int8) for part in self.parts)
         for other in others:
             first += other
-        return first
+        return first if bias is None else first.add_(bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +63,10 @@ class LowRankProduct:
     left: Tensor
     table = False
 
-    def multiply(self, x: Tensor, *, int8: bool = False) -> Tensor:
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
         inner = self.right.multiply(x.float(), int8=int8 and not self.right.table)
-        return (inner @ self.left).to(x.dtype)
+        y = (inner @ self.left).to(x.dtype)
+        return y if bias is None else y.add_(bias)
 
 
 def _part_product(part: Multiplier | Encoded, x: Tensor, int8: bool) -> Tensor:

@@ -95,10 +95,11 @@ class PackedMatrix:
         twin._own(handle)
         return twin
 
-    def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None) -> Tensor:
-        """``x W^T``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
+    def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
 
-        int8: round the activations to int8 first (not for tables of levels). path: take another than the chosen one.
+        bias: float32 ``[rows]``, contiguous; it is added before the result is rounded to ``x``'s type. int8: round the
+        activations to int8 first (not for tables of levels). path: take another than the chosen one.
         """
         if x.device.type != "cpu" or x.shape[-1:] != (self.columns,):
             raise ValueError(f"activations are [..., {self.columns}] on the CPU, not {list(x.shape)} on {x.device}")
@@ -108,14 +109,16 @@ class PackedMatrix:
         tokens = x.numel() // self.columns
         many = PANEL_TOKENS if x.dtype == torch.float32 else PANEL_TOKENS_16_BITS
         if tokens >= many and not int8 and (self.table or path != DOT_PATH):
-            return self._by_panels(x.detach().reshape(tokens, self.columns), path).view(*x.shape[:-1], self.rows)
+            y = self._by_panels(x.detach().reshape(tokens, self.columns), path).view(*x.shape[:-1], self.rows)
+            return y if bias is None else y.add_(bias)
         given = x.detach().reshape(tokens, self.columns).float()
         if given.stride(1) != 1 or (tokens > 1 and given.stride(0) < self.columns):
             given = given.contiguous()
         y = torch.empty(tokens, self.rows)
         status = self._library.layerwise_multiply(
             self._handle, _name(path), given.data_ptr(), tokens, given.stride(0), y.data_ptr(), self.rows,
-            1 if int8 else 2 if x.dtype == torch.bfloat16 else 3, torch.get_num_threads(),
+            None if bias is None else bias.data_ptr(), 1 if int8 else 2 if x.dtype == torch.bfloat16 else 3,
+            torch.get_num_threads(),
         )  # fmt: skip
         _succeeded(status, path)
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)

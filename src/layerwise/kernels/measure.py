@@ -3,8 +3,10 @@
 For each shape a set of more than ``SET_BYTES`` of every form is made, so that weights come from memory and not from a
 cache, and all of them are timed in turn, round after round: what else the machine does meets all alike. A row's share
 is packed bytes over median time, over the bandwidth of only reading the same bytes with the same threads in the same
-rounds. Other engines that are installed (``peers.py``) are timed in the rounds of one form, that of int4 where it is
-among them. Figures are of one machine at one time; nothing here judges them.
+rounds. Its share of dot products is of those that a loop does that has nothing else to do, again in the same rounds;
+exact activations take three for every product with float32 ones. Other engines that are installed (``peers.py``) are
+timed in the rounds of one form, that of int4 where it is among them. Figures are of one machine at one time; nothing
+here judges them.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from layerwise.errors import InputError
 from layerwise.kernels.doctor import cache_bytes, processor
-from layerwise.kernels.library import chosen_path, why_absent
+from layerwise.kernels.library import chosen_path, library, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.peers import Product, prepared, versions
 from layerwise.kernels.samples import SAMPLES
@@ -30,6 +32,7 @@ SHAPES = ((4096, 4096), (11008, 4096))
 BATCHES = (1, 8, 32)
 LARGEST_SIDE = 1 << 16
 MOST_COPIES = 4096
+DOT_ROUNDS = 100_000  # of the loop of dot products: about a millisecond
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Row:
     share: float
     over_fp32: float
     over_bf16: float
+    of_dots: float = 0.0  # dot products over those of the same time at the most; 0 for tables, which have none
 
 
 @dataclass(frozen=True)
@@ -131,9 +135,11 @@ def _measure(
     halved = [weight.bfloat16() for _ in range(-(-set_bytes // (2 * weight.numel())))]
     engines = list(prepared(rows, columns, set_bytes)) if with_peers else []
     found, met = [], []
+    dots = [0]
     for batch in batches:
         x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
         runs = _products(packed, dense, halved, x)
+        runs["dots"] = list(range(5)), lambda _: dots.__setitem__(0, _dots())
         if sample.levels:
             del runs["int8"]
         for peer, copies, product, _ in engines:
@@ -145,11 +151,14 @@ def _measure(
                 taken = _times(copies_of, run)
                 times[name] += taken if turn else []  # the first round meets page faults
         middle = {name: statistics.median(taken) for name, taken in times.items()}
+        most = dots[0] / middle["dots"]
         for activations in (name for name in ("exact", "int8") if name in times):
             median, spread = middle[activations], _spread(times[activations])
             ratios = (middle["read"] / median, middle["fp32"] / median, middle["bf16"] / median)
             size = (rows, columns, batch, median * 1e6, spread * 1e6, first.nbytes)
-            found.append(Row(form, activations, *size, *ratios))
+            digits = 0 if sample.levels else 1 if activations == "int8" else 3
+            done = rows * columns * batch * digits / median
+            found.append(Row(form, activations, *size, *ratios, done / most))
         for peer, _, _, absent in engines:
             own = times.get(peer.name)
             median_us = None if own is None else statistics.median(own) * 1e6
@@ -158,6 +167,12 @@ def _measure(
                 PeerRow(peer.name, peer.activations, peer.bits, rows, columns, batch, median_us, spread_us, absent)
             )
     return found, met
+
+
+def _dots() -> int:
+    loaded, path = library(), chosen_path()
+    assert loaded is not None and path is not None
+    return int(loaded.layerwise_dots(path.encode(), DOT_ROUNDS, torch.get_num_threads()))
 
 
 def _of_peer(product: Product, x: Tensor) -> Callable[[int], object]:

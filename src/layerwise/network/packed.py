@@ -55,22 +55,32 @@ class Packed(nn.Module):
             self._restored = buffers, restore_form(self.spec, tensors)  # type: ignore[arg-type, assignment]
         return self._restored[1]  # type: ignore[index]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """``x W^T`` in ``x``'s dtype, by a compiled kernel where the form has one and nothing but values is wanted."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias`` in ``x``'s dtype.
+
+        By a compiled kernel where the form has one and nothing but values is wanted; it adds a float32 bias to float32
+        activations as it writes, which is the same sum without another pass over it.
+        """
         kernel = self._kernel() if kernel_takes(x) else None
         if kernel is None:
-            return self.encoded.multiply(x)
-        return kernel.multiply(x, int8=self.int8_activations and not kernel.table)
+            y = self.encoded.multiply(x)
+            return y if bias is None else y + bias.to(y.dtype)
+        int8 = self.int8_activations and not kernel.table
+        if bias is None or (x.dtype == torch.float32 and _plain_bias(bias)):
+            return kernel.multiply(x, int8=int8, bias=bias)
+        y = kernel.multiply(x, int8=int8)
+        return y + bias.to(y.dtype)
 
-    def product(self, x: Tensor) -> Tensor:
-        """What ``forward`` does before its bias: the operator runs it, see ``operators.py``."""
-        return self.multiply(x)
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What ``forward`` computes; without its bias the operator runs it, see ``operators.py``."""
+        return self.multiply(x, bias)
 
-    def traced_product(self, x: Tensor) -> Tensor:
-        """``product``, as one node where a graph is traced."""
-        if torch.compiler.is_compiling():
-            return packed_product(x, self._number, self.spec["shape"][0])  # type: ignore[no-any-return]
-        return self.product(x)
+    def traced_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``product``, where a graph is traced as one node and a sum."""
+        if not torch.compiler.is_compiling():
+            return self.product(x, bias)
+        y: Tensor = packed_product(x, self._number, self.spec["shape"][0])
+        return y if bias is None else y + bias.to(y.dtype)
 
     def look_up(self, index: Tensor) -> Tensor:
         """Rows of the form, float32 ``[..., columns]``."""
@@ -185,13 +195,12 @@ class PackedLinear(Packed):
         given = "" if self.input_spec is None else f", inputs: {self.input_spec['form']} {self.input_spec['bits']} bits"
         return super().extra_repr() + given
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         grid = self.inputs
-        return self.multiply(x if grid is None else grid.rounded(x))
+        return self.multiply(x if grid is None else grid.rounded(x), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.traced_product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.traced_product(x, self.bias)
 
 
 class PackedConv(Packed):
@@ -268,9 +277,8 @@ class PackedHead(nn.Module):
         return self.table.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.table.traced_product(x)
-        bias = self.bias if self.bias_owner is None else self.bias_owner.bias
-        return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
+        bias: Tensor | None = self.bias if self.bias_owner is None else self.bias_owner.bias  # type: ignore[assignment]
+        return self.table.traced_product(x, bias)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, tied"
@@ -286,6 +294,17 @@ def kernel_takes(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap and grad hand over tensors without memory
+    )
+
+
+def _plain_bias(bias: Tensor) -> bool:
+    """Whether a kernel may add ``bias``: float32 values on the CPU, with no gradient to record."""
+    return (
+        bias.device.type == "cpu"
+        and bias.dtype == torch.float32
+        and type(bias) in (Tensor, nn.Parameter)
+        and bias.is_contiguous()
+        and not (bias.requires_grad and torch.is_grad_enabled())
     )
 
 

@@ -35,16 +35,38 @@ static inline float rounded(float v) {  // to a whole number, ties to even; |v| 
 
 static inline int32_t within(int32_t v, int32_t most) { return v > most ? most : v < -most ? -most : v; }
 
+// One digit of a block. The sum with 1.5 * 2^23 holds the whole number in its low bits; none is beyond 127, since it is
+// 127 times the share of the largest.
+static inline void one_digit(const float* x, const Block& block, float inverse, int8_t* to, float* count) {
+  const float* from = x + block.column;
+  const Simd::Floats by = Simd::same(inverse), magic = Simd::same(12582912.0f);
+  const Simd::Ints bottom = Simd::whole(0x4b400000);
+  Simd::Ints sums = Simd::whole(0);
+  int k = 0;
+  for (; k + kHalf <= block.length; k += kHalf) {
+    const Simd::Ints digits = Simd::minus(Simd::bits(Simd::plus(Simd::times(Simd::floats(from + k), by), magic)), bottom);
+    sums = Simd::plus(sums, digits);
+    Simd::keep_low(to + k, digits);
+  }
+  int32_t lanes[kHalf], sum = 0;
+  memcpy(lanes, &sums, sizeof(lanes));
+  for (int lane = 0; lane < kHalf; ++lane) sum += lanes[lane];
+  for (; k < block.length; ++k) {
+    to[k] = int8_t(rounded(from[k] * inverse));
+    sum += to[k];
+  }
+  memset(to + k, 0, size_t(block.padded - k));
+  *count = float(sum);
+}
+
 // Whole numbers of one block, as digits from -128 to 127, the lowest first.
 template <int kDigits>
-static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, int32_t* counts) {
+static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, float* counts) {
   alignas(kLine) int8_t digit[kDigits][kLongestBlock];
   int32_t count[3] = {};
   for (int k = 0; k < block.length; ++k) {
     const float v = x[block.column + k] * inverse;
-    if constexpr (kDigits == 1) {
-      digit[0][k] = int8_t(within(int32_t(rounded(v)), 127));
-    } else if constexpr (kDigits == 2) {
+    if constexpr (kDigits == 2) {
       const int32_t whole = within(int32_t(rounded(v)), 32639);
       const int32_t high = (whole + 128) >> 8;
       digit[1][k] = int8_t(high);
@@ -60,14 +82,10 @@ static inline void block_digits(const float* x, const Block& block, float invers
   for (int d = 0; d < kDigits; ++d) {
     for (int k = 0; k < block.length; ++k) count[d] += digit[d][k];
     memset(digit[d] + block.length, 0, size_t(block.padded - block.length));
-    counts[d] = count[d];
+    counts[d] = float(count[d]);
   }
-  if constexpr (kDigits == 1) {
-    memcpy(to, digit[0], size_t(block.padded));
-  } else {
-    for (int k = 0; k < block.padded; k += 4) {
-      for (int d = 0; d < kDigits; ++d) memcpy(to + k * kDigits + 4 * d, digit[d] + k, 4);
-    }
+  for (int k = 0; k < block.padded; k += 4) {
+    for (int d = 0; d < kDigits; ++d) memcpy(to + k * kDigits + 4 * d, digit[d] + k, 4);
   }
 }
 
@@ -87,14 +105,18 @@ void token_digits(const Matrix& m, const float* x, int64_t token, const Activati
     const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
     a.steps[at] = !finite ? NAN : counted ? largest / kTop : 0.0f;
     if (counted) {
-      block_digits<kDigits>(x, block, kTop / largest, to, counts);
+      if constexpr (kDigits == 1) {
+        one_digit(x, block, kTop / largest, to, counts);
+      } else {
+        block_digits<kDigits>(x, block, kTop / largest, to, counts);
+      }
     } else {
       memset(to, 0, size_t(block.padded) * kDigits);
-      memset(counts, 0, sizeof(int32_t) * kDigits);
+      for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
     }
-    float sum = float(counts[0]);
-    if constexpr (kDigits > 1) sum += float(counts[1]) * 256.0f;
-    if constexpr (kDigits > 2) sum += float(counts[2]) * 65536.0f;
+    float sum = counts[0];
+    if constexpr (kDigits > 1) sum += counts[1] * 256.0f;
+    if constexpr (kDigits > 2) sum += counts[2] * 65536.0f;
     a.sums[at] = sum;
   }
 }

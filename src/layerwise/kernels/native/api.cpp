@@ -57,15 +57,25 @@ struct Product {
   const Matrix* matrix;
   const Activations* activations;
   int64_t first, last;
-  float* y;
-  int64_t stride;
+  Output out;
+  int64_t next;  // tile that nobody has taken yet; negative: every thread has its own run of them
 };
 
+// From so many tokens on tiles are taken one by one: a thread that is held up is not waited for.
+constexpr int64_t kShared = 16;
+
 void multiply_part(void* data, int part, int parts) {
-  const auto& p = *static_cast<Product*>(data);
+  auto& p = *static_cast<Product*>(data);
+  if (p.next >= 0) {
+    for (;;) {
+      const int64_t tile = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED);
+      if (tile >= p.last) return;
+      p.path->multiply(*p.matrix, *p.activations, tile, tile + 1, p.out);
+    }
+  }
   const int64_t tiles = p.last - p.first;
   const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
-  if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.y, p.stride);
+  if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.out);
 }
 
 struct Quantization {
@@ -110,7 +120,7 @@ void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
   const int64_t first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.y + first * kRows, p.stride);
+  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.out.y + first * kRows, p.out.stride);
 }
 
 struct Reading {
@@ -127,11 +137,25 @@ void read_part(void* data, int part, int parts) {
   __atomic_fetch_xor(&r.found, sum, __ATOMIC_RELAXED);
 }
 
+struct Counting {
+  const Path* path;
+  int64_t rounds, products;
+  int32_t found;
+};
+
+void count_part(void* data, int, int) {
+  auto& c = *static_cast<Counting*>(data);
+  int32_t found = 0;
+  const int64_t products = c.path->dots(c.rounds, &found);
+  __atomic_fetch_add(&c.products, products, __ATOMIC_RELAXED);
+  __atomic_fetch_xor(&c.found, found, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 2; }
+LAYERWISE_API int32_t layerwise_version() { return 3; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -164,12 +188,12 @@ LAYERWISE_API int64_t layerwise_bytes(const void* matrix) {
 
 // y [tokens, rows] = x [tokens, columns] W^T, both with a stride between tokens and 1 between features; any alignment
 // of a float. digits: of the activations, 1 to 3, see layout.h; tables take them as floats. 0 done; 1 no such path; 2 no
-// such digits; 3 no memory.
+// such digits; 3 no memory. bias: [rows], added to every token, or null.
 LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, const float* x, int64_t tokens,
-                                         int64_t x_stride, float* y, int64_t y_stride, int32_t digits,
-                                         int32_t threads) {
+                                         int64_t x_stride, float* y, int64_t y_stride, const float* bias,
+                                         int32_t digits, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, 0, m.tiles, y, y_stride};
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}, tokens < kShared ? -1 : 0};
   if (p.path == nullptr) return 1;
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
@@ -185,7 +209,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
     a.codes = reinterpret_cast<int8_t*>(memory);
     a.steps = reinterpret_cast<float*>(memory + values);
     a.sums = a.steps + sums;
-    a.counts = reinterpret_cast<int32_t*>(a.sums + sums);
+    a.counts = a.sums + sums;
   }
   Quantization q = {p.path, &m, &a, x, x_stride};
   parallel(tokens < 8 ? 1 : useful_threads(int64_t(values), tokens, threads), quantize_part, &q);
@@ -199,7 +223,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
                                        int64_t stride, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, first, last, y, stride};
+  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}, -1};
   if (p.path == nullptr) return 1;
   if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
   parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);
@@ -213,4 +237,22 @@ LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int3
   if (r.path == nullptr) return 0;
   parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
   return r.found;
+}
+
+// Products of codes and digits by every thread, with hardly a load; returns how many. The limit of large batches.
+LAYERWISE_API int64_t layerwise_dots(const char* path, int64_t rounds, int32_t threads) {
+  Counting c = {path_named(path), rounds, 0, 0};
+  if (c.path == nullptr || rounds < 1) return 0;
+  parallel(threads < 1 ? 1 : threads, count_part, &c);
+  return c.products;
+}
+
+// See parts.h. 0 done; 1 no such path; 3 no memory; 4 it does not fit together.
+LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size, int32_t threads) {
+  if (attention == nullptr || size != int64_t(sizeof(Attention))) return 4;
+  Attention a = *attention;
+  const Path* path = path_named(a.path);
+  if (path == nullptr) return 1;
+  a.path = path->name;
+  return attend(a, threads);
 }

@@ -16,6 +16,7 @@ struct Simd {
   static constexpr int kChains = 2;  // times two halves
   static constexpr int kTokens = 2;  // 8 sums of 16 registers
   static constexpr int kSums = 4;    // 8 of 16 registers
+  static constexpr int kPanelSums = 4;
   static constexpr int kHalves = 1;
 
   static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
@@ -47,6 +48,12 @@ struct Simd {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
   }
+  static inline Ints bits(Floats v) { return {_mm256_castps_si256(v.low), _mm256_castps_si256(v.high)}; }
+  static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane, whose value fits into it
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.low, v.high), 0xd8);
+    const __m128i packed = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
+  }
   static inline Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
   static inline Floats plus(Floats a, Floats b) {
     return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
@@ -70,6 +77,9 @@ struct Simd {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
   static inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+  static inline Floats less(Floats c, Floats a, Floats b) {  // c - a b
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) {
     _mm256_storeu_ps(to, v.low);
@@ -160,5 +170,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx2 = {"avx2", multiply, decode, read_lines, quantize};
+const Path kAvx2 = {"avx2", multiply, decode, read_lines, dots, quantize};
 }

@@ -78,18 +78,26 @@ struct Activations {
   float* values;    // [tokens, width]
   int8_t* codes;    // [tokens, width / 4, digits, 4]
   float* steps;     // [tokens, blocks]
-  int32_t* counts;  // [tokens, blocks, digits]  sums of the digits
+  float* counts;    // [tokens, blocks, digits]  sums of the digits: whole numbers below 2^16
   float* sums;      // [tokens, blocks]  of the values, or of the whole numbers
 };
 
-// Tiles first .. last-1. `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].
+// Where a product goes: `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].
+struct Output {
+  float* y;
+  int64_t stride;
+  const float* bias;  // [rows], added to every token, or null
+};
+
+// Tiles first .. last-1.
 // decode: `y` is [columns, ...], transposed, with tile `first` at y[0]; all 32 rows of a tile are written.
 // spread, quantize: tokens first .. last-1 of x into the order of the blocks.
 struct Path {
   const char* name;
-  void (*multiply)(const Matrix&, const Activations&, int64_t first, int64_t last, float* y, int64_t stride);
+  void (*multiply)(const Matrix&, const Activations&, int64_t first, int64_t last, const Output& out);
   void (*decode)(const Matrix&, int64_t first, int64_t last, float* y, int64_t stride);
   uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every line: the limit that a product is held against
+  int64_t (*dots)(int64_t rounds, int32_t* found);  // nothing else: the limit of many tokens; how many products
   void (*quantize)(const Matrix&, const float* x, int64_t x_stride, int64_t first, int64_t last, const Activations&);
 };
 

@@ -30,6 +30,25 @@ void release(Matrix* matrix);
 // memory; 4 it does not fit together; 5 there is no such row.
 int take_rows(const Stored& stored, const int64_t* index, int64_t count, float* out);
 
+// Float32 tensors [sequences, heads, tokens, dim], the last side by side, strides in floats. `mask` is null or has a byte
+// for every sequence, query and key, strides of the first two: 0 where the key is not seen. A query that sees none
+// gets zeros. `out` is [sequences, queries, heads, dim], whole.
+struct Attention {
+  int64_t sequences, heads, queries, keys, dim;
+  const float *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  const uint8_t* mask;
+  int64_t mask_stride[2];
+  float* out;
+  const char* path;
+  float scale;
+  int32_t failed;
+};
+
+constexpr int kLongestHead = 128;  // and a multiple of 32
+constexpr int kMostKeys = 1024;
+int attend(Attention& attention, int threads);  // 0 done; 3 no memory; 4 sizes it does not take
+
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
 void parallel(int threads, Body body, void* data);

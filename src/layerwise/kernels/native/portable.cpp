@@ -20,6 +20,7 @@ struct Simd {
   static constexpr int kChains = 2;
   static constexpr int kTokens = 1;
   static constexpr int kSums = 1;
+  static constexpr int kPanelSums = 1;
   static constexpr int kHalves = 1;
 
 #define LAYERWISE_LANES(type, value)                     \
@@ -54,6 +55,14 @@ struct Simd {
     LAYERWISE_LANES(Floats, half_to_float(half[r]));
   }
   static inline Ints bytes(const uint8_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline Ints bits(const Floats& v) {
+    Ints out;
+    memcpy(out.lane, v.lane, 64);
+    return out;
+  }
+  static inline void keep_low(int8_t* to, const Ints& v) {  // the low byte of every lane
+    for (int r = 0; r < 16; ++r) to[r] = int8_t(v.lane[r]);
+  }
   static inline Floats to_float(Ints v) { LAYERWISE_LANES(Floats, float(v.lane[r])); }
   static inline Floats plus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] + b.lane[r]); }
   static inline Floats minus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] - b.lane[r]); }
@@ -66,6 +75,7 @@ struct Simd {
   static inline Floats fused(Floats a, Floats b, Floats c) {
     LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
   }
+  static inline Floats less(Floats c, Floats a, Floats b) { LAYERWISE_LANES(Floats, c.lane[r] - a.lane[r] * b.lane[r]); }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES
@@ -119,5 +129,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kPortable = {"portable", multiply, decode, read_lines, quantize};
+const Path kPortable = {"portable", multiply, decode, read_lines, dots, quantize};
 }

@@ -98,23 +98,26 @@ LAYERWISE_INLINE void prefetch(const uint8_t* from) {
     for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(from + kDistance + line, 0, 2);
 }
 
-LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, int half, Simd::Floats value, float* y) {
+LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, int half, Simd::Floats value, const Output& out,
+                                 int64_t token) {
   const int64_t row = tile * kRows + half * kHalf;
+  float* y = out.y + token * out.stride;
   if (m.factor != nullptr) value = Simd::times(value, Simd::floats(m.factor + row));
   if (row + kHalf <= m.rows) {
+    if (out.bias != nullptr) value = Simd::plus(value, Simd::floats(out.bias + row));
     Simd::store(y + row, value);
     return;
   }
   float rest[kHalf];
   Simd::store(rest, value);
-  for (int64_t r = row; r < m.rows; ++r) y[r] = rest[r - row];
+  for (int64_t r = row; r < m.rows; ++r) y[r] = rest[r - row] + (out.bias != nullptr ? out.bias[r] : 0.0f);
 }
 
 // ---------------------------------------------------------------- places in a table times floats
 
 // y = sum over blocks of s sum_k levels[q] x, the scale once per block.
 template <int kCount>
-void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
+void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
   using U = Unit<4>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
   const Simd::Weights<4, true> weights(m);
@@ -148,7 +151,7 @@ void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
       const Simd::Floats scale = block_scale(m, base, b, half);
       for (int t = 0; t < kCount; ++t) total[t] = Simd::fma(scale, Simd::sum_chains(sum[t]), total[t]);
     }
-    for (int t = 0; t < kCount; ++t) store_rows(m, tile, half, total[t], y + (token + t) * stride);
+    for (int t = 0; t < kCount; ++t) store_rows(m, tile, half, total[t], out, token + t);
   }
 }
 
@@ -158,26 +161,25 @@ struct Scaled {
   Simd::Floats scale, sum;
 };
 
-// What a block's sums stand for. What is rounded, and when, is the same on every path.
+// What a block's sums stand for. What is rounded, and when, is the same on every path. A sum of codes times digits is
+// below 255 * 128 * 256 < 2^23, and so is a zero times a sum of digits: both are whole floats, and so is what is between
+// them, which makes floats as exact here as integers, and quicker.
 template <int kDigits>
 LAYERWISE_INLINE Scaled finish(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
                                int64_t at, const Simd::Ints* sum) {
+  const Simd::Floats zero = m.zero_kind == kZeroByte
+                                ? Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf))
+                                : Simd::same(float(m.centre));
   Simd::Floats part[kDigits];
   for (int d = 0; d < kDigits; ++d) {
-    const int32_t count = a.counts[at * kDigits + d];
-    if (m.zero_kind == kZeroByte) {
-      const Simd::Ints zero = Simd::bytes(base + m.places[b].zero + half * kHalf);
-      part[d] = Simd::to_float(Simd::minus(sum[d], Simd::times(zero, Simd::whole(count))));
-    } else {
-      part[d] = Simd::to_float(Simd::minus(sum[d], Simd::whole(m.centre * count)));
-    }
+    part[d] = Simd::less(Simd::to_float(sum[d]), zero, Simd::same(a.counts[at * kDigits + d]));
   }
   Simd::Floats s = part[0];
   if constexpr (kDigits > 1) s = Simd::fused(part[1], Simd::same(256.0f), s);
   if constexpr (kDigits > 2) s = Simd::fused(part[2], Simd::same(65536.0f), s);
   if (m.zero_kind == kZeroHalf) {
-    const Simd::Floats zero = Simd::minus(half_zero(m, base, b, half), Simd::same(float(m.centre)));
-    s = Simd::minus(s, Simd::times(zero, Simd::same(a.sums[at])));
+    const Simd::Floats rest = Simd::minus(half_zero(m, base, b, half), zero);
+    s = Simd::minus(s, Simd::times(rest, Simd::same(a.sums[at])));
   }
   return {Simd::times(block_scale(m, base, b, half), Simd::same(a.steps[at])), s};
 }
@@ -273,7 +275,7 @@ struct BlockSums {
 
 // A few tokens: the codes are decoded for each of them again, in registers.
 template <int kBits, int kDigits, int kCount>
-void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
+void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
   constexpr int kHalves = Simd::kHalves, kDistance = kAhead<dots_of_line(kBits) * kDigits * kCount>;
   using Sums = BlockSums<kBits, kDigits, kCount, kHalves, kDistance>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
@@ -297,14 +299,31 @@ void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
     }
     Sums::for_totals([&](auto t, auto h) __attribute__((always_inline)) {
       store_rows(m, tile, half + decltype(h)::value, total[decltype(t)::value][decltype(h)::value],
-                 y + (token + decltype(t)::value) * stride);
+                 out, token + decltype(t)::value);
     });
   }
 }
 
-constexpr int kPanelBytes = 96;  // tokens times digits whose totals and activations of a block lie in the first cache
+// ---------------------------------------------------------------- many tokens
 
-// The codes of a block as bytes, in units of 8 bits.
+// A block as the products of many tokens read it, decoded once into the first cache.
+struct Panel {
+  alignas(kLine) uint8_t wide[kLongestBlock * kRows];  // codes as bytes, in units of 8 bits
+  alignas(kLine) float scale[kRows], zero[kRows];      // a zero of 16 bits is cut in two: the centre, and the rest
+  alignas(kLine) float rest[kRows];
+  const uint8_t* codes;                                // `wide`, or those of the matrix where it has bytes
+  int32_t columns;
+};
+
+// Of some tokens: where the activations of the block begin, and what their steps and counts are.
+struct Given {
+  const int8_t* x;
+  int64_t stride;  // of a token of x
+  const float *steps, *counts, *sums;
+  int64_t blocks;  // from the step of a token to the next one's
+};
+
+// The codes of a block as bytes.
 template <int kBits>
 LAYERWISE_INLINE void widen(const uint8_t* codes, int32_t columns, uint8_t* to) {
   using U = Unit<kBits>;
@@ -318,52 +337,126 @@ LAYERWISE_INLINE void widen(const uint8_t* codes, int32_t columns, uint8_t* to) 
   }
 }
 
-// A function of its own: inside a larger one, GCC 12 keeps some of the sums in memory.
-template <int kDigits, int kCount>
-__attribute__((noinline)) void panel_tokens(const Matrix& m, const Activations& a, const uint8_t* base,
-                                            const uint8_t* codes, int64_t b, int64_t token, float* totals) {
-  constexpr int kHalves = Simd::kHalves;
-  const Block& block = m.block[b % m.blocks];
-  for (int half = 0; half < 2; half += kHalves) {
-    BlockSums<8, kDigits, kCount, kHalves, 0> sums;
-    sums.add(codes + half * kLine, a.codes + token * a.stride + block.place * kDigits, a.stride, block.padded);
-    sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
-      float* own = totals + decltype(t)::value * kRows + (half + decltype(h)::value) * kHalf;
-      Simd::store(own, Simd::fused(v.scale, v.sum, Simd::floats(own)));
-    });
+template <int kBits>
+LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_t b, Panel& panel) {
+  const uint8_t* from = base + m.places[b].codes;
+  panel.columns = m.block[b % m.blocks].padded;
+  panel.codes = kBits < 8 ? panel.wide : from;
+  if constexpr (kBits < 8) widen<kBits>(from, panel.columns, panel.wide);
+  const Simd::Floats centre = Simd::same(float(m.centre));
+  for (int half = 0; half < 2; ++half) {
+    Simd::store(panel.scale + half * kHalf, block_scale(m, base, b, half));
+    const bool bytes = m.zero_kind == kZeroByte;
+    Simd::store(panel.zero + half * kHalf,
+                bytes ? Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf)) : centre);
+    if (m.zero_kind != kZeroHalf) continue;
+    Simd::store(panel.rest + half * kHalf, Simd::minus(half_zero(m, base, b, half), centre));
   }
 }
 
-// Many tokens: a block's codes are decoded once into the first cache.
+// Adds the block's part of kCount tokens to totals [kCount, 32]. Plain loops over plain arrays, in a function of its own:
+// written otherwise, GCC 12 keeps some of the sums in memory and moves the others about in every round (measured: half
+// of the speed). The same arithmetic as `finish`.
+template <int kDigits, int kCount, bool kRest>
+__attribute__((noinline)) void panel_tokens(const Panel& panel, const Given& given, float* totals) {
+  constexpr int kHalves = Simd::kHalves;
+  const int64_t stride = given.stride, blocks = given.blocks;
+  const float *counts = given.counts, *steps = given.steps, *sums = given.sums;
+  for (int half = 0; half < 2; half += kHalves) {
+    Simd::Ints sum[kCount][kDigits][kHalves];
+#pragma GCC unroll 32
+    for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+      for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) sum[t][d][h] = Simd::whole(0);
+    const int8_t* x = given.x;
+    const uint8_t* codes = panel.codes + half * kLine;
+    const uint8_t* end = codes + int64_t(panel.columns) * kRows;
+    for (; codes != end; codes += 2 * kLine, x += 4 * kDigits) {
+      Simd::Bytes q[kHalves];
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 2
+          for (int h = 0; h < kHalves; ++h)
+            sum[t][d][h] = Simd::template dot<8>(sum[t][d][h], q[h], x + t * stride + 4 * d);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h) {
+      const int first = (half + h) * kHalf;
+      const Simd::Floats scale = Simd::floats(panel.scale + first), zero = Simd::floats(panel.zero + first);
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t) {
+        const float* count = counts + t * blocks * kDigits;
+        Simd::Floats s = Simd::less(Simd::to_float(sum[t][0][h]), zero, Simd::same(count[0]));
+        if constexpr (kDigits > 1) {
+          s = Simd::fused(Simd::less(Simd::to_float(sum[t][1][h]), zero, Simd::same(count[1])), Simd::same(256.0f), s);
+        }
+        if constexpr (kDigits > 2) {
+          s = Simd::fused(Simd::less(Simd::to_float(sum[t][2][h]), zero, Simd::same(count[2])), Simd::same(65536.0f), s);
+        }
+        if constexpr (kRest) {
+          s = Simd::minus(s, Simd::times(Simd::floats(panel.rest + first), Simd::same(sums[t * blocks])));
+        }
+        float* own = totals + t * kRows + first;
+        Simd::store(own, Simd::fused(Simd::times(scale, Simd::same(steps[t * blocks])), s, Simd::floats(own)));
+      }
+    }
+  }
+}
+
+template <int kDigits, int kCount>
+LAYERWISE_INLINE void panel_of(const Matrix& m, const Activations& a, const Panel& panel, int64_t b, int64_t token,
+                               float* totals) {
+  const int64_t own = b % m.blocks, at = token * a.blocks + own;
+  const Given given = {a.codes + token * a.stride + m.block[own].place * kDigits, a.stride, a.steps + at,
+                       a.counts + at * kDigits, a.sums + at, a.blocks};
+  if (m.zero_kind == kZeroHalf) {
+    panel_tokens<kDigits, kCount, true>(panel, given, totals);
+  } else {
+    panel_tokens<kDigits, kCount, false>(panel, given, totals);
+  }
+}
+
+constexpr int kPanelTokens = 96;  // whose totals, with the activations of a block, lie in the first cache
+constexpr int kKeptPanels = 24;   // of a tile, in the second: no more are kept from one round to the next
+
 template <int kBits, int kDigits>
-void many_tokens(const Matrix& m, const Activations& a, int64_t tile, float* y, int64_t stride) {
-  constexpr int kMost = (Simd::kSums < 16 ? Simd::kSums : 16) / (Simd::kHalves * kDigits);
-  constexpr int kTogether = kMost > 0 ? kMost : 1;
-  alignas(kLine) uint8_t codes[kLongestBlock * kRows];
-  alignas(kLine) float totals[kPanelBytes * kRows];
+void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
+  constexpr int kMost = Simd::kPanelSums / (Simd::kHalves * kDigits);
+  constexpr int kTogether = kMost > 8 ? 8 : kMost > 0 ? kMost : 1;
+  constexpr int kFit = kPanelTokens / kDigits / kTogether * kTogether;
+  Panel panels[kKeptPanels];
+  alignas(kLine) float totals[kPanelTokens * kRows];
   const uint8_t* base = m.data + tile * m.tile_bytes;
   const int64_t all = int64_t(m.planes) * m.blocks;
-  constexpr int kPanel = kPanelBytes / kDigits / kTogether * kTogether;
-  for (int64_t first = 0; first < a.tokens; first += kPanel) {
-    const int64_t last = first + kPanel < a.tokens ? first + kPanel : a.tokens;
-    memset(totals, 0, sizeof(totals));
+  // As many rounds as are needed, alike: a last one of few tokens would decode everything for little.
+  const int64_t rounds = (a.tokens + kFit - 1) / kFit;
+  const int64_t each_round = (a.tokens + rounds * kTogether - 1) / (rounds * kTogether) * kTogether;
+  const bool keep = rounds > 1 && all <= kKeptPanels;
+  for (int64_t first = 0; first < a.tokens; first += each_round) {
+    const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
+    memset(totals, 0, size_t(last - first) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
-      const uint8_t* from = base + m.places[b].codes;
-      if constexpr (kBits < 8) widen<kBits>(from, m.block[b % m.blocks].padded, codes);
-      const uint8_t* wide = kBits < 8 ? codes : from;
+      Panel& panel = panels[keep ? b : 0];
+      if (!keep || first == 0) prepare_panel<kBits>(m, base, b, panel);
       int64_t t = first;
       for (; t + kTogether <= last; t += kTogether) {
-        panel_tokens<kDigits, kTogether>(m, a, base, wide, b, t, totals + (t - first) * kRows);
+        panel_of<kDigits, kTogether>(m, a, panel, b, t, totals + (t - first) * kRows);
       }
-      if constexpr (kTogether > 2) {
-        for (; t + 2 <= last; t += 2) panel_tokens<kDigits, 2>(m, a, base, wide, b, t, totals + (t - first) * kRows);
+      if constexpr (kTogether > 4) {
+        for (; t + 4 <= last; t += 4) panel_of<kDigits, 4>(m, a, panel, b, t, totals + (t - first) * kRows);
       }
-      for (; t < last; ++t) panel_tokens<kDigits, 1>(m, a, base, wide, b, t, totals + (t - first) * kRows);
+      for (; t < last; ++t) panel_of<kDigits, 1>(m, a, panel, b, t, totals + (t - first) * kRows);
     }
     for (int64_t t = first; t < last; ++t) {
       for (int half = 0; half < 2; ++half) {
         if (tile * kRows + half * kHalf >= m.rows) break;
-        store_rows(m, tile, half, Simd::floats(totals + (t - first) * kRows + half * kHalf), y + t * stride);
+        store_rows(m, tile, half, Simd::floats(totals + (t - first) * kRows + half * kHalf), out, t);
       }
     }
   }
@@ -413,30 +506,30 @@ void decode_tile(const Matrix& m, int64_t tile, float* y, int64_t stride) {
 
 // ---------------------------------------------------------------- from run-time numbers to the templates
 
-void table_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
+void table_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t t = 0;
-    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) table_tile<Simd::kTokens>(m, a, tile, t, y, stride);
-    for (; t < a.tokens; ++t) table_tile<1>(m, a, tile, t, y, stride);
+    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) table_tile<Simd::kTokens>(m, a, tile, t, out);
+    for (; t < a.tokens; ++t) table_tile<1>(m, a, tile, t, out);
   }
 }
 
 template <int kBits, int kDigits>
-void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
+void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
   constexpr int kMost = Simd::kSums / (Simd::kHalves * kDigits);
   for (int64_t tile = first; tile < last; ++tile) {
     if (a.tokens > 8) {
-      many_tokens<kBits, kDigits>(m, a, tile, y, stride);
+      many_tokens<kBits, kDigits>(m, a, tile, out);
       continue;
     }
     int64_t t = 0;
     if constexpr (kMost >= 8)
-      for (; t + 8 <= a.tokens; t += 8) few_tokens<kBits, kDigits, 8>(m, a, tile, t, y, stride);
+      for (; t + 8 <= a.tokens; t += 8) few_tokens<kBits, kDigits, 8>(m, a, tile, t, out);
     if constexpr (kMost >= 4)
-      for (; t + 4 <= a.tokens; t += 4) few_tokens<kBits, kDigits, 4>(m, a, tile, t, y, stride);
+      for (; t + 4 <= a.tokens; t += 4) few_tokens<kBits, kDigits, 4>(m, a, tile, t, out);
     if constexpr (kMost >= 2)
-      for (; t + 2 <= a.tokens; t += 2) few_tokens<kBits, kDigits, 2>(m, a, tile, t, y, stride);
-    for (; t < a.tokens; ++t) few_tokens<kBits, kDigits, 1>(m, a, tile, t, y, stride);
+      for (; t + 2 <= a.tokens; t += 2) few_tokens<kBits, kDigits, 2>(m, a, tile, t, out);
+    for (; t < a.tokens; ++t) few_tokens<kBits, kDigits, 1>(m, a, tile, t, out);
   }
 }
 
@@ -454,14 +547,36 @@ LAYERWISE_INLINE void with_bits(const Matrix& m, What&& what) {
   }
 }
 
-void multiply(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
-  if (m.table) return table_tiles(m, a, first, last, y, stride);
+void multiply(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
+  if (m.table) return table_tiles(m, a, first, last, out);
   with_bits(m, [&](auto bits) {
     constexpr int kBits = decltype(bits)::value;
-    if (a.digits == 1) return whole_tiles<kBits, 1>(m, a, first, last, y, stride);
-    if (a.digits == 2) return whole_tiles<kBits, 2>(m, a, first, last, y, stride);
-    return whole_tiles<kBits, 3>(m, a, first, last, y, stride);
+    if (a.digits == 1) return whole_tiles<kBits, 1>(m, a, first, last, out);
+    if (a.digits == 2) return whole_tiles<kBits, 2>(m, a, first, last, out);
+    return whole_tiles<kBits, 3>(m, a, first, last, out);
   });
+}
+
+// Dot products of what the first cache holds, as many at a time as there are sums, and nothing else.
+int64_t dots(int64_t rounds, int32_t* found) {
+  constexpr int kOwn = Simd::kPanelSums < 16 ? Simd::kPanelSums : 16;
+  Simd::Ints sum[kOwn];
+  alignas(kLine) uint8_t bytes[kLine];
+  memset(bytes, 3, sizeof(bytes));
+  int8_t x[4 * kOwn];
+  memset(x, 1, sizeof(x));
+#pragma GCC unroll 16
+  for (int i = 0; i < kOwn; ++i) sum[i] = Simd::whole(i);
+  for (int64_t round = 0; round < rounds; ++round) {
+    __asm__ volatile("" : : "r"(bytes), "r"(x) : "memory");  // or the compiler would work part of it out beforehand
+    const Simd::Bytes codes = Simd::load(bytes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kOwn; ++i) sum[i] = Simd::template dot<7>(sum[i], codes, x + 4 * i);
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < kOwn; ++i) sum[0] = Simd::plus(sum[0], sum[i]);
+  memcpy(found, &sum[0], sizeof(*found));
+  return rounds * kOwn * kLine;
 }
 
 void decode(const Matrix& m, int64_t first, int64_t last, float* y, int64_t stride) {
