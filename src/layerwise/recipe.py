@@ -21,6 +21,7 @@ from layerwise.roles import (
     NetworkSurgeon,
     Probe,
     Rewrite,
+    Search,
     Surgeon,
     Tuner,
 )
@@ -153,6 +154,11 @@ def parse_generator(text: str) -> Generator:
 def parse_distiller(text: str) -> Distiller:
     """``ted:steps=400`` -> a distiller; another kind of technique, or none, names the distillers there are."""
     return _of_role(text, Distiller, "the distiller", "distils nothing", "the distillers are {}")  # type: ignore[type-abstract]
+
+
+def parse_search(text: str) -> Search:
+    """``neas:members=3`` -> a search; another kind of technique, or none, names the searches there are."""
+    return _of_role(text, Search, "the search", "searches no architecture", "the searches are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:
