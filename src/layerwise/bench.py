@@ -25,7 +25,16 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.roles import ActivationQuantizer, Blueprint, Distiller, Generator, NetworkRewrite, NetworkSurgeon, Probe
+from layerwise.roles import (
+    ActivationQuantizer,
+    Blueprint,
+    Distiller,
+    Generator,
+    NetworkRewrite,
+    NetworkSurgeon,
+    Probe,
+    Search,
+)
 from layerwise.technique import Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
@@ -36,6 +45,7 @@ from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
+from layerwise.trials.searches import check_files, search_trials
 from layerwise.wanted import wanted_of
 
 ROLES = {
@@ -48,6 +58,7 @@ ROLES = {
     Generator.role: generator_trials,
     Distiller.role: distiller_trials,
 }
+OWN_GROUND = (Search.role,)  # measured on files of their own kind, without a network
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
@@ -98,6 +109,12 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     values: dict[int, list[tuple[Trial, float, float]]] = {}  # trial -> (trial, its value, the baseline's), by seed
     network = metric = data = ""
     for seed in asked.seeds:
+        if technique.role in OWN_GROUND:
+            trials, data = search_trials(asked.technique, asked.calibrate or "", asked.evaluate or "", seed, progress)
+            for place, trial in enumerate(trials):
+                if trial.figures:
+                    values.setdefault(place, []).append((trial, trial.figures.setting, trial.figures.baseline))
+            continue
         with ground_of(asked, seed, progress) as ground:
             trials = ROLES[technique.role](ground, asked.technique)
             scores = measured(ground, trials)
@@ -149,6 +166,9 @@ def check(asked: Bench) -> type[Technique]:
         )
     technique = find(asked.technique.partition(":")[0])
     parse_technique(asked.technique)
+    if technique.role in OWN_GROUND:
+        check_files(asked.calibrate, asked.evaluate)
+        return technique
     if technique.role not in ROLES:
         article = "an" if technique.role[0] in "aeiou" else "a"
         raise InputError(

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from layerwise.engine.progress import Progress
     from layerwise.generate.network import CausalNetwork
     from layerwise.generate.wanted import Emit, Generation, Wanted
-    from layerwise.network.folds import BlockScope
     from layerwise.nas.task import Found, Task
+    from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
     from layerwise.plan.measures import Measures
     from layerwise.plan.tree import Allocation, Node

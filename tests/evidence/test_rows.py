@@ -25,9 +25,20 @@ from layerwise.trials.distillers import METRICS as OF_DISTILLERS
 from layerwise.trials.generators import METRICS as OF_GENERATORS
 from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
+from layerwise.trials.searches import METRICS as OF_SEARCHES
 
 TECHNIQUES = techniques_with_evidence()
-METRICS = {"kl", "distance", "perplexity", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_GENERATORS, *OF_DISTILLERS}
+METRICS = {
+    "kl",
+    "distance",
+    "perplexity",
+    EXACTNESS,
+    METRIC,
+    *OF_BLUEPRINTS,
+    *OF_GENERATORS,
+    *OF_DISTILLERS,
+    *OF_SEARCHES,
+}
 
 
 def test_evidence_is_there() -> None:

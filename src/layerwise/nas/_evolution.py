@@ -1,4 +1,4 @@
-"""Evolution on a trained supernet: what does well is changed a little and looked at again; nothing is looked at twice."""
+"""Evolution on a trained supernet: what does well is changed a little; nothing is looked at twice."""
 
 from __future__ import annotations
 

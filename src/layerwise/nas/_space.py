@@ -91,7 +91,7 @@ class Space:
 def shapes(space: Space, architecture: Architecture) -> Shapes:
     """Name -> shape of everything that the architecture stores; linears are [out, in]."""
     width = architecture.width
-    found: Shapes = {"cls": (width,), "positions": (space.grid**2 + 1, width)}
+    found: Shapes = {"positions": (space.grid**2, width)}
     found |= _linear("patch", width, space.channels * space.patch**2)
     for index, ratio in enumerate(architecture.ratios):
         found |= block_shapes(index, width, ratio)
@@ -114,7 +114,7 @@ def parameters(space: Space, architecture: Architecture) -> int:
 def macs(space: Space, architecture: Architecture, coarse: int = 1) -> int:
     """Multiply-adds of one image; ``coarse``: patches are taken so many times further apart."""
     patches, width = (space.grid // coarse) ** 2, architecture.width
-    blocks = sum(block_macs(patches + 1, width, ratio) for ratio in architecture.ratios)
+    blocks = sum(block_macs(patches, width, ratio) for ratio in architecture.ratios)
     return patches * space.channels * space.patch**2 * width + blocks + width * space.classes
 
 

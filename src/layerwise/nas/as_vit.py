@@ -16,7 +16,7 @@ falling; the least sum of the two ranks wins, and a tie goes by the figure with 
 ``d f / dt`` is one derivative along a line (``torch.func.jvp``), not a pass back for every output.
 
 Source: W. Chen et al., "Auto-scaling Vision Transformers without Training", arXiv 2202.11921. Choices of ours: the
-topology is drawn instead of found by a policy; growth steps through the widths of the space instead of by 5 to 20 %; one
+topology is drawn instead of found by a policy; growth steps through the widths of the space, not by 5 to 20 %; one
 coarse phase instead of two; weights are drawn by one rule for every candidate, since L is of degree one in each matrix
 and would otherwise measure the rule.
 """
@@ -24,7 +24,7 @@ and would otherwise measure the rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,13 +157,13 @@ def orthonormal_pair(space: Space, generator: torch.Generator) -> Tensor:
     return torch.linalg.qr(drawn_pair)[0].T.reshape(2, space.channels, space.side, space.side).float()
 
 
-def circle_length(run: object, circle: Tensor, points: int) -> float:
-    """Length of the image of ``u_1 cos t + u_2 sin t`` under ``run``: 2 pi times the mean speed at ``points`` angles."""
+def circle_length(run: Callable[[Tensor], Tensor], circle: Tensor, points: int) -> float:
+    """Length of what ``run`` makes of ``u_1 cos t + u_2 sin t``: 2 pi times the mean speed at ``points`` angles."""
     angles = torch.arange(points, dtype=circle.dtype) * (2 * math.pi / points)
     shape = (points, *(1,) * (circle.dim() - 1))
     cos, sin = angles.cos().view(shape), angles.sin().view(shape)
     at, along = circle[0] * cos + circle[1] * sin, circle[1] * cos - circle[0] * sin
-    _, speeds = torch.func.jvp(run, (at,), (along,))
+    speeds: Tensor = torch.func.jvp(run, (at,), (along,))[1]
     return float(speeds.detach().flatten(1).norm(dim=1).mean()) * 2 * math.pi
 
 

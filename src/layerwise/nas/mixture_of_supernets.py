@@ -4,7 +4,7 @@ r"""Mixture-of-Supernets: every linear of the supernet has m expert weights, and
     neuron    W_a = sum_i diag(beta_i) E_i[slice of a],   beta  = softmax over i of router(code of a)  [rows, m]
 
 Sub-networks of a plain supernet (m = 1) fight over the same weights; here those that differ may draw on different ones.
-The router of each linear is a perceptron of two layers that sees the choices (width, depth, ratios, in [0, 1]), never an
+The router of each linear is a perceptron of two layers that sees the choices (width, depth, ratios, in [0, 1]) and no
 image, so the mixture is folded into plain weights once the search is over: the network that ships has no experts.
 
 Training is by the sandwich rule: each step runs the largest architecture that fits, the smallest, and ``drawn`` others;
@@ -12,8 +12,8 @@ the others learn from the largest's probabilities. Then evolution on the validat
 
 Source: G. Jawahar et al., "Mixture-of-Supernets: Improving Weight-Sharing Supernet Training with Architecture-Routed
 Mixture-of-Experts", arXiv 2306.04845. Choices of ours: experts start different (equal ones would never separate) and
-sqrt(m) larger, so that their mean is as large as a plain weight; the routers' last layers start small; norms, positions
-and the class token stay shared.
+sqrt(m) larger, so that their mean is as large as a plain weight; the routers' last layers start small; norms and
+positions stay shared.
 """
 
 from __future__ import annotations

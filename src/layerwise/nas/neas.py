@@ -1,4 +1,4 @@
-r"""NEAS: search for an ensemble that shares its first blocks, in a space that shrinks towards good and different choices.
+r"""NEAS: an ensemble that shares its first blocks, from a space that shrinks towards good and different choices.
 
     members   k paths of one width; their first s blocks are the same and run once; class probabilities are averaged
     step      draw members and s from what is left of the space; the mean of their cross-entropies
@@ -13,9 +13,9 @@ and the choices of least score are taken out, two at least remaining in a block.
 loss of the averaged probabilities, under the limit, where shared blocks count once. The winner's weights are cut out of
 the supernet and trained on by the sum of the members' losses; from then on members have weights of their own.
 
-Source: M. Chen et al., "One-Shot Neural Ensemble Architecture Search by Diversity-Guided Search Space Shrinking", arXiv
-2104.00597, whose released part is the retraining; the score's form is our reading. Choices of ours: V is capped at 1, as an
-untrained choice differs for no good reason; shrinking begins after a warm-up; equal members are looked at like all others.
+Source: M. Chen et al., "One-Shot Neural Ensemble Architecture Search by Diversity-Guided Search Space Shrinking",
+arXiv 2104.00597, whose released part is the retraining; the score's form is our reading. Choices of ours: V is capped at 1, for
+an untrained choice differs for no good reason; shrinking begins after a warm-up; members may be equal.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The networks of a space: one forward for stored, sliced and mixed weights, and what a search leaves behind.
 
-    x = [cls; patches] + positions;   x += out(attend(norm1 x));   x += down(gelu(up(norm2 x)));   head(norm x[cls])
+    x = patches + positions;   x += out(attend(norm1 x));   x += down(gelu(up(norm2 x)));   head(mean of norm x)
 
 ``Searched`` is a plain module of linears and layer norms with one path, or with several that share their first blocks
 and whose class probabilities are averaged: ``log mean_m softmax(z_m)``. It is written as ``model.safetensors`` beside a
@@ -29,6 +29,7 @@ Values = dict[str, Tensor]
 FORMAT = "layerwise searched network"
 VERSION = 1
 EPSILON = 1e-6
+POSITIONS = 0.5  # deviation; at the usual 0.02 a short training hardly learns where a patch is
 
 
 class Parts(Protocol):
@@ -76,15 +77,13 @@ def patches_of(pixels: Tensor, patch: int, coarse: int = 1) -> Tensor:
 
 
 def enter(parts: Parts, space: Space, pixels: Tensor, coarse: int = 1) -> Tensor:
-    """Images -> hidden states ``[n, 1 + squares, width]``; positions of a coarse grid are means over its squares."""
+    """Images -> hidden states ``[n, squares, width]``; positions of a coarse grid are means over its squares."""
     x = parts.linear("patch", patches_of(pixels, space.patch, coarse))
-    positions = parts.value("positions")
-    grid = positions[1:]
+    grid = parts.value("positions")
     if coarse > 1:
         square = grid.T.reshape(1, -1, space.grid, space.grid)
         grid = F.avg_pool2d(square, coarse).flatten(2)[0].T
-    first = (parts.value("cls") + positions[0]).expand(len(x), 1, -1)
-    return torch.cat([first, x + grid], 1)
+    return x + grid
 
 
 def block(parts: Parts, index: int, x: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ def feed_forward(parts: Parts, index: int, y: Tensor) -> Tensor:
 
 
 def leave(parts: Parts, x: Tensor) -> Tensor:
-    return parts.linear("head", parts.norm("norm", x)[:, 0])
+    return parts.linear("head", parts.norm("norm", x).mean(1))
 
 
 def forward(parts: Parts, space: Space, depth: int, pixels: Tensor, coarse: int = 1) -> Tensor:
@@ -121,7 +120,7 @@ def forward(parts: Parts, space: Space, depth: int, pixels: Tensor, coarse: int 
 
 
 def drawn(of: Shapes, generator: torch.Generator) -> Values:
-    """First weights: normal with variance 1 / columns, biases 0, gains 1, positions and class token small."""
+    """First weights: normal with variance 1 / columns, biases 0, gains 1; positions half as large as what stands there."""
     found: Values = {}
     for name, shape in of.items():
         if ".norm" in name or name.startswith("norm"):
@@ -129,7 +128,7 @@ def drawn(of: Shapes, generator: torch.Generator) -> Values:
         elif name.endswith("bias"):
             found[name] = torch.zeros(shape)
         else:
-            scale = 0.02 if len(shape) == 1 or name == "positions" else 1 / math.sqrt(shape[1])
+            scale = POSITIONS if name == "positions" else 1 / math.sqrt(shape[1])
             found[name] = torch.randn(shape, generator=generator) * scale
     return found
 
@@ -178,14 +177,14 @@ def count_parameters(space: Space, shape: Shape) -> int:
 def count_macs(space: Space, shape: Shape, coarse: int = 1) -> int:
     """Multiply-adds of one image; what members share is computed once."""
     first = shape.members[0]
-    tokens = (space.grid // coarse) ** 2 + 1
-    before = (tokens - 1) * space.channels * space.patch**2 * first.width
+    tokens = (space.grid // coarse) ** 2
+    before = tokens * space.channels * space.patch**2 * first.width
     before += sum(block_macs(tokens, first.width, r) for r in first.ratios[: shape.shared])
     return before + sum(macs(space, member, coarse) - before for member in shape.members)
 
 
 def _owner(shape: Shape, name: str, number: int) -> str:
-    if name in ("cls", "positions") or name.startswith("patch."):
+    if name == "positions" or name.startswith("patch."):
         return "trunk"
     within = name.startswith("blocks.") and int(name.split(".")[1]) < shape.shared
     return "trunk" if within else f"branches.{number}"
@@ -204,7 +203,7 @@ class Searched(nn.Module):
         path, _, leaf = name.rpartition(".")
         if leaf == "bias":
             return  # comes with its weight
-        if leaf in ("cls", "positions"):
+        if leaf == "positions":
             self._holder(path).register_parameter(leaf, nn.Parameter(torch.zeros(size)))
             return
         parent, _, last = path.rpartition(".")
@@ -224,7 +223,7 @@ class Searched(nn.Module):
 
     def member_scores(self, pixels: Tensor, coarse: int = 1) -> list[Tensor]:
         """Scores of every member; the shared blocks run once."""
-        trunk = _Modules(self.trunk)
+        trunk = _Modules(self.get_submodule("trunk"))
         x = enter(trunk, self.space, pixels, coarse)
         for index in range(self.shape.shared):
             x = block(trunk, index, x)
@@ -289,6 +288,15 @@ def write_searched(folder: Path, network: Searched, found: Mapping[str, Any]) ->
     return path.stat().st_size
 
 
+def is_searched(folder: str | Path) -> bool:
+    """Whether ``layerwise search`` wrote this folder, by its config."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
+
+
 def load_searched(folder: str | Path) -> Searched:
     """The module that ``layerwise search`` wrote, in eval mode. ``InputError`` for any other folder."""
     folder = Path(folder)
@@ -296,7 +304,8 @@ def load_searched(folder: str | Path) -> Searched:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("format") != FORMAT or config.get("format_version") != VERSION:
             raise ValueError("its config.json names another format")
-        space = Space(**{k: tuple(v) if isinstance(v, list) else v for k, v in config["space"].items()})
+        choices: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config["space"].items()}
+        space = Space(**choices)
         members = tuple(Architecture(m["width"], tuple(m["ratios"])) for m in config["members"])
         if not members or not all(m in set(space.architectures()) for m in members):
             raise ValueError("its members are not of its space")

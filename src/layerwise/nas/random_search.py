@@ -3,9 +3,9 @@
     a_1 .. a_n uniform over what fits;   each gets  search / n  of the budget;   a* = argmin validation loss
 
 The chosen network keeps its weights and is trained with the rest. The floor that every other search is held against:
-the same space, images, limit and cost. It is a strong one: L. Li and A. Talwalkar, "Random Search and Reproducibility for
-Neural Architecture Search", arXiv 1902.07638, found it level with the weight-sharing searches of its time. Choices of
-ours: few candidates that are trained properly rather than many that are not; ``candidates=1`` is no search at all.
+the same space, images, limit and cost. It is a strong one: L. Li and A. Talwalkar, "Random Search and Reproducibility
+for Neural Architecture Search", arXiv 1902.07638, found it level with the weight-sharing searches of its time. Choices
+of ours: few candidates that are trained properly rather than many that are not; ``candidates=1`` is no search at all.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@ r"""TangleNAS: gradient search in an entangled space, by mixing slices of the we
 
     W(p) = sum_j p_j pad(W[:c_j, :d_j])          one forward pass, however many choices there are
 
-Row r of a tensor whose rows alone are chosen is scaled by ``P(c > r) = sum_{j: c_j > r} p_j``, a falling staircase; where
+Row r of a tensor whose rows alone are chosen is scaled by ``P(c > r) = sum_{j: c_j > r} p_j``, a staircase. Where
 two choices meet (the inner width is width times ratio) the weights are the outer product of their probabilities. Depth
 is mixed in the stream: ``x = sum_d p_d x_(after block d)``. Probabilities come from logits a by one of
 
     darts   softmax(a)          gdas   a hard draw, straight through          drnas   a draw of Dirichlet(elu(a) + 1)
 
 Bilevel: a step of the weights on training images, then a step of the logits on validation images. Mixing is exact for a
-linear layer: the mixed weights give the mixed outputs. Behind it, layer norms weigh channel r by ``P(width > r)`` so that
-a channel that is off is as good as absent: one-hot probabilities give exactly the sliced network.
+linear layer: the mixed weights give the mixed outputs. Behind it, layer norms weigh channel r by ``P(width > r)``, so
+that a channel that is off is as good as absent: one-hot probabilities give exactly the sliced network.
 
     loss of the logits = cross-entropy + price * max(0, E_p[parameters] / limit - 1)
 
@@ -202,7 +202,7 @@ def _count(of: Shapes) -> int:
 def mixed_forward(values: Mapping[str, Tensor], masks: Masks, odds: Sequence[Tensor], pixels: Tensor) -> Tensor:
     """Class scores of the mixture."""
     space = masks.space
-    share = odds[0] @ masks.of_tensor["cls"]  # P(width > channel)
+    share = odds[0] @ masks.of_tensor["norm.weight"]  # P(width > channel)
     parts = Loose(masks.mix(values, odds), share)
     x = enter(parts, space, pixels)
     out = torch.zeros_like(x)

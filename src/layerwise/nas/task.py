@@ -69,7 +69,7 @@ class Task:
     valid: Labelled
     steps: int = 300
     batch: int = 64
-    rate: float = 2e-3
+    rate: float = 5e-3
     limit: float = 0.5
     seed: int = 0
     stepped: Callable[[float], None] = field(default=lambda share: None)
