@@ -49,7 +49,7 @@ BAD = float("inf")
 class AsVit(Search):
     """Chooses and grows an architecture by two figures of untrained networks, and trains only what it found."""
 
-    rivals = ("random_search", "as_vit:score=parameters", "as_vit:score=shuffled", "as_vit:coarse=0.0")
+    rivals = ("random_search", "as_vit:score=parameters", "as_vit:score=shuffled")
 
     score: str = option(
         "both",

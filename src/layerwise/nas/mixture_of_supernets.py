@@ -151,11 +151,14 @@ class Supernet:
                 continue
             routes = self.routes(name, code)
             for leaf in ("weight", "bias"):
-                shape = of[f"{name}.{leaf}"]
-                kept = self.experts[f"{name}.{leaf}"][(slice(None), *(slice(0, size) for size in shape))]
-                if routes.dim() == 1:
-                    found[f"{name}.{leaf}"] = torch.tensordot(routes, kept, 1)
-                else:
-                    rows = routes[: shape[0]].T  # [m, rows]
-                    found[f"{name}.{leaf}"] = (kept * rows.view(*rows.shape, *(1,) * (len(shape) - 1))).sum(0)
+                found[f"{name}.{leaf}"] = mixed(self.experts[f"{name}.{leaf}"], routes, of[f"{name}.{leaf}"])
         return found
+
+
+def mixed(experts: Tensor, routes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The leading ``shape`` of experts ``[m, ...]``, mixed by ``routes``: ``[m]``, or of every row ``[rows, m]``."""
+    kept = experts[(slice(None), *(slice(0, size) for size in shape))]
+    if routes.dim() == 1:
+        return torch.tensordot(routes, kept, 1)
+    rows = routes[: shape[0]].T  # [m, rows]
+    return (kept * rows.view(*rows.shape, *(1,) * (len(shape) - 1))).sum(0)

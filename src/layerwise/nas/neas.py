@@ -14,8 +14,8 @@ loss of the averaged probabilities, under the limit, where shared blocks count o
 the supernet and trained on by the sum of the members' losses; from then on members have weights of their own.
 
 Source: M. Chen et al., "One-Shot Neural Ensemble Architecture Search by Diversity-Guided Search Space Shrinking",
-arXiv 2104.00597, whose released part is the retraining; the score's form is our reading. Choices of ours: V is capped at 1, for
-an untrained choice differs for no good reason; shrinking begins after a warm-up; members may be equal.
+arXiv 2104.00597, whose released part is the retraining; the score's form is our reading. Choices of ours: V is capped
+at 1, for an untrained choice differs for no good reason; shrinking begins after a warm-up; members may be equal.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ATTEMPTS = 500  # draws of members that fit
 class Neas(Search):
     """Searches an ensemble that shares its first blocks, in a supernet whose space shrinks as it trains."""
 
-    rivals = ("random_search", "neas:members=1", "neas:diversity=0.0", "neas:shrink=random")
+    rivals = ("random_search", "neas:members=1", "neas:diversity=0.0")
 
     members: int = option(2, minimum=1, maximum=4, help="networks of the ensemble")
     diversity: float = option(1.0, minimum=0.0, maximum=100.0, help="weight of being different in a choice's score")

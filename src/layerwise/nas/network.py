@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
-from layerwise.nas._space import HEAD, Architecture, Shapes, Space, block_macs, block_shapes, macs, shapes
+from layerwise.nas._space import HEAD, Architecture, Shapes, Space, block_macs, macs, shapes
 from layerwise.network import safetensors_file
 
 Values = dict[str, Tensor]
@@ -120,7 +120,7 @@ def forward(parts: Parts, space: Space, depth: int, pixels: Tensor, coarse: int 
 
 
 def drawn(of: Shapes, generator: torch.Generator) -> Values:
-    """First weights: normal with variance 1 / columns, biases 0, gains 1; positions half as large as what stands there."""
+    """First weights: normal of variance 1 / columns, biases 0, gains 1, positions of deviation 0.5."""
     found: Values = {}
     for name, shape in of.items():
         if ".norm" in name or name.startswith("norm"):
@@ -309,21 +309,14 @@ def load_searched(folder: str | Path) -> Searched:
         members = tuple(Architecture(m["width"], tuple(m["ratios"])) for m in config["members"])
         if not members or not all(m in set(space.architectures()) for m in members):
             raise ValueError("its members are not of its space")
-        network = Searched(space, Shape(members, config["shared"]))
+        shape = Shape(members, config["shared"])
         tensors = safetensors_file.read_header(folder / "model.safetensors")[0]
-        wanted = stored_shapes(space, network.shape)
+        wanted = stored_shapes(space, shape)
         if {n: tuple(t.shape) for n, t in tensors.items()} != wanted:
             raise ValueError("its tensors are not those of its architecture")
+        network = Searched(space, shape)  # nothing of its size is made before the file agrees
         for name in wanted:
             network.get_parameter(name).data.copy_(safetensors_file.read(tensors[name]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as reason:
         raise InputError(f"{folder} holds no network that layerwise search wrote: {reason}") from None
     return network.eval()
-
-
-def sole_shapes(space: Space, architecture: Architecture) -> Shapes:
-    """Shapes of an architecture on its own, as ``drawn`` takes them."""
-    return shapes(space, architecture)
-
-
-__all__ = ["Loose", "Searched", "Shape", "block_shapes", "load_searched", "write_searched"]

@@ -30,7 +30,7 @@ METRICS = (LOSS, ERRORS)
 class Study:
     """How large the experiment is."""
 
-    steps: int = 600
+    steps: int = 300
     batch: int = 64
     rate: float = 5e-3
     limit: float = 0.5
