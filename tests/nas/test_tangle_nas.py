@@ -62,7 +62,7 @@ def test_the_gradient_of_a_probability_is_the_product_with_its_slice() -> None:
     outer = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(4))
     (gradient,) = torch.autograd.grad((mixed * outer).sum(), odds[0])
     for j, width in enumerate(TINY.widths):
-        slices = (weight["blocks.0.query.weight"] * outer)[:width, :width].sum()
+        slices = (weight["blocks.0.query.weight"].detach() * outer)[:width, :width].sum()
         assert float(gradient[j]) == pytest.approx(float(slices), abs=1e-4)
 
 
