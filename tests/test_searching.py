@@ -102,7 +102,7 @@ def test_mistakes_are_refused_at_once(
 def test_files_that_do_not_fit_are_refused(files: tuple[Path, Path], tmp_path: Path) -> None:
     given, _ = labelled(str(files[0]))
     save_file({"images": given.pixels}, tmp_path / "bare.safetensors")
-    save_file({"images": given.pixels[:, :, :4], "labels": given.labels}, tmp_path / "flat.safetensors")
+    save_file({"images": given.pixels[:, :, :4].contiguous(), "labels": given.labels}, tmp_path / "flat.safetensors")
     save_file({"images": given.pixels[:20], "labels": given.labels[:20]}, tmp_path / "few.safetensors")
     for file, says in (("bare", "no entry named labels"), ("flat", "square"), ("few", "at least 40")):
         with pytest.raises(InputError, match=says):
