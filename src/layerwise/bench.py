@@ -167,7 +167,7 @@ def check(asked: Bench) -> type[Technique]:
     technique = find(asked.technique.partition(":")[0])
     parse_technique(asked.technique)
     if technique.role in OWN_GROUND:
-        check_files(asked.calibrate, asked.evaluate)
+        check_files(asked.network, asked.calibrate, asked.evaluate)
         return technique
     if technique.role not in ROLES:
         article = "an" if technique.role[0] in "aeiou" else "a"

@@ -20,9 +20,9 @@ topology is drawn instead of found by a policy; growth steps through the widths 
 coarse phase instead of two; weights are drawn by one rule for every candidate, since L is of degree one in each matrix
 and would otherwise measure the rule.
 
-Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses, to random search clearly and to its own
-growth by chance slightly (1.1 times the cross-entropy). Both figures favour what is larger, and where cost is what is equal
-a larger network has fewer steps. Only growth by the number of parameters does a little worse.
+Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses, to random search clearly and to its
+own growth by chance slightly (1.1 times the cross-entropy). Both figures favour what is larger, and where cost is equal a
+larger network has fewer steps. Only growth by the number of parameters does a little worse.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ Choices of ours: the weighted norms; the price, without which the largest always
 warm up; their rate, since a small budget has few steps.
 
 Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses to random search (1.2 times the
-cross-entropy), and to itself with even logits, whose tie falls to the smallest network, which trains for the most steps.
-Logits that learn from validation images do slightly better than logits that learn from training images.
+cross-entropy), and to itself with even logits, whose tie falls to the smallest network, which trains for most
+steps. Logits that learn from validation images do slightly better than logits that learn from training images.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ class Study:
 STUDY = Study()
 
 
-def check_files(images: str | None, held_out: str | None) -> None:
-    """``InputError`` unless both files are named."""
-    if not images or not held_out:
+def check_files(network: str | None, images: str | None, held_out: str | None) -> None:
+    """``InputError`` unless both files are named, and no network."""
+    if network or not images or not held_out:
         raise InputError(
             "a search is measured on labelled images: give --calibrate TRAIN.npz --evaluate TEST.npz, without --network"
         )
