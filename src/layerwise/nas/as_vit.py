@@ -17,11 +17,11 @@ falling; the least sum of the two ranks wins, and a tie goes by the figure with 
 
 Source: W. Chen et al., "Auto-scaling Vision Transformers without Training", arXiv 2202.11921. Choices of ours: the
 topology is drawn instead of found by a policy; growth steps through the widths of the space, not by 5 to 20 %; one
-coarse phase instead of two; weights are drawn by one rule for every candidate, since L is of degree one in each matrix
-and would otherwise measure the rule.
+coarse phase instead of two; weights are drawn by one rule for every candidate, since L is of degree one in each
+matrix and would otherwise measure the rule.
 
 Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses, to random search clearly and to its
-own growth by chance slightly (1.1 times the cross-entropy). Both figures favour what is larger, and where cost is equal a
+own growth by chance slightly (1.1 times the cross-entropy). Both figures favour what is larger, and at equal cost a
 larger network has fewer steps. Only growth by the number of parameters does a little worse.
 """
 
