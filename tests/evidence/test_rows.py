@@ -86,9 +86,11 @@ def test_rows_are_measurements(name: str) -> None:
             continue
         if find(name).role == "search":  # all within one limit of parameters, and equal in cost rather than in bytes
             continue
-        # Where no baseline has the same size (but for names in the header), there is one that is at least as large.
+        # Where no baseline has the same size (but for names in the header), there is one that is at least as large. A
+        # network of another shape is held against others of its size, which are a few norms or thin factors apart.
+        share = 0.98 if find(name).role == "network surgeon" else 0.999
         assert (
-            any(other.baseline.bytes >= 0.999 * row.bytes for other in same_setting) or "planned" in row.baseline.recipe
+            any(other.baseline.bytes >= share * row.bytes for other in same_setting) or "planned" in row.baseline.recipe
         )
 
 

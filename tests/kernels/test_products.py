@@ -13,7 +13,7 @@ from layerwise.encoding.codebook import LEVELS, Codebook, fit_codebook, nearest_
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import packed_matrix
 from layerwise.encoding.scales import Scales, groups_of
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import library, paths, why_absent
@@ -55,7 +55,7 @@ def codebook(rows: int, columns: int, name: str, scale_bits: int) -> Codebook:
 
 
 def packed(form: Encoded) -> PackedMatrix:
-    found = repack(form)
+    found = packed_matrix(form)
     assert found is not None
     return found
 
@@ -116,6 +116,25 @@ def test_int8_activations_cost_less_than_a_hundredth(bits: int):
     for path in paths():
         found = packed(form).multiply(x, int8=True, path=path)
         assert float((found - exact).norm() / exact.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_products_have_the_same_bits_on_every_path(dtype: torch.dtype, tokens: int):
+    matrix, x = packed(integer(40, 300, 4, 64, float_zero=True)), normal(tokens, 300).to(dtype)
+    found = [matrix.multiply(x, path=path) for path in paths()]
+    assert all(torch.equal(found[0], other) for other in found) and found[0].dtype == dtype
+
+
+def test_values_far_smaller_than_the_largest_of_their_block_are_kept_to_its_step():
+    form = integer(20, 128, 4, 64, symmetric=True)
+    x = normal(1, 128) * 1e-4
+    x[0, 5], x[0, 70] = 1000.0, -1000.0
+    exact = x.double() @ form.decode().double().T
+    step = 1000 / 8355711
+    for path in paths():
+        error = (packed(form).multiply(x, path=path) - exact).abs()
+        assert bool((error <= form.decode().abs().sum(1) * step + 1e-6 * exact.abs()).all())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -198,7 +217,7 @@ def test_nothing_is_touched_behind_the_ends(path: str, int8: bool):
     with guarded(70 * 4) as source, guarded(19 * 4) as target:
         ctypes.memmove(source.at, x.data_ptr(), 70 * 4)
         status = loaded.layerwise_multiply(
-            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, int(int8), 1
+            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, 1 if int8 else 3, 1
         )  # fmt: skip
         found = torch.frombuffer(bytearray(ctypes.string_at(target.at, 19 * 4)), dtype=torch.float32)
     assert status == 0 and torch.equal(found[None], matrix.multiply(x, int8=int8, path=path))
@@ -230,4 +249,4 @@ def test_wrong_inputs_are_refused():
         matrix.multiply(normal(2, 31))
     with pytest.raises(ValueError, match="no path"):
         matrix.multiply(normal(2, 32), path="neon")
-    assert repack(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies
+    assert packed_matrix(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies

@@ -18,7 +18,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 1  # of the C interface
+VERSION = 2  # of the C interface
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
 
@@ -40,6 +40,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_threads": (ctypes.c_char_p, ()),
     "layerwise_path": (ctypes.c_char_p, (ctypes.c_int32,)),
     "layerwise_repack": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_take": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p),
+    ),
     "layerwise_copy": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int32)),
     "layerwise_release": (None, (ctypes.c_void_p,)),
     "layerwise_bytes": (ctypes.c_int64, (ctypes.c_void_p,)),

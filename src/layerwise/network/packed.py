@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import Multiplier, packed_table, repack
 from layerwise.errors import InputError
-from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.matrix import PackedTable
+from layerwise.network.operators import packed_product, packed_rows, register
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -40,8 +41,10 @@ class Packed(nn.Module):
         # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
         self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
-        self._repacked: tuple[Encoded, tuple[int, ...], PackedMatrix | None] | None = None
+        self._repacked: tuple[Encoded, tuple[int, ...], Multiplier | None] | None = None
+        self._table: tuple[Encoded, tuple[int, ...], PackedTable | None] | None = None
         self.int8_activations = False  # see set_activations
+        self._number = register(self)  # by which operators know it
 
     @property
     def encoded(self) -> Encoded:
@@ -59,14 +62,42 @@ class Packed(nn.Module):
             return self.encoded.multiply(x)
         return kernel.multiply(x, int8=self.int8_activations and not kernel.table)
 
-    def _kernel(self) -> PackedMatrix | None:
+    def product(self, x: Tensor) -> Tensor:
+        """What ``forward`` does before its bias: the operator runs it, see ``operators.py``."""
+        return self.multiply(x)
+
+    def traced_product(self, x: Tensor) -> Tensor:
+        """``product``, as one node where a graph is traced."""
+        if torch.compiler.is_compiling():
+            return packed_product(x, self._number, self.spec["shape"][0])  # type: ignore[no-any-return]
+        return self.product(x)
+
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows of the form, float32 ``[..., columns]``."""
+        flat = index.reshape(-1)
+        table = self._rows() if flat.device.type == "cpu" and flat.dtype == torch.int64 else None
+        rows = self.encoded.take_rows(flat) if table is None else table.take(flat)
+        return rows.view(*index.shape, self.spec["shape"][1])
+
+    def _kernel(self) -> Multiplier | None:
         """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
-        form = self.encoded
-        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
-        versions = tuple(0 if t.is_inference() else t._version for t in buffers)
+        form, versions = self._present()
         if self._repacked is None or self._repacked[0] is not form or self._repacked[1] != versions:
             self._repacked = form, versions, repack(form)
         return self._repacked[2]
+
+    def _rows(self) -> PackedTable | None:
+        """The form as rows to look up: it points into the stored tensors, and is described again when they changed."""
+        form, versions = self._present()
+        if self._table is None or self._table[0] is not form or self._table[1] != versions:
+            self._table = form, versions, packed_table(form)
+        return self._table[2]
+
+    def _present(self) -> tuple[Encoded, tuple[int, ...]]:
+        """The form, and numbers that change when a stored tensor does."""
+        form = self.encoded
+        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
+        return form, tuple(0 if t.is_inference() else t._version for t in buffers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +120,11 @@ class Packed(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_restored": None, "_repacked": None}  # made again from the copied buffers
+        return {**self.__dict__, "_restored": None, "_repacked": None, "_table": None}  # made again from copies
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = register(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         import copy
@@ -97,6 +132,7 @@ class Packed(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        twin._number = register(twin)
         return twin
 
     def extra_repr(self) -> str:
@@ -149,9 +185,12 @@ class PackedLinear(Packed):
         given = "" if self.input_spec is None else f", inputs: {self.input_spec['form']} {self.input_spec['bits']} bits"
         return super().extra_repr() + given
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         grid = self.inputs
-        y = self.multiply(x if grid is None else grid.rounded(x))
+        return self.multiply(x if grid is None else grid.rounded(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.traced_product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -197,7 +236,10 @@ class PackedEmbedding(Packed):
         self.scale = scale
 
     def forward(self, index: Tensor) -> Tensor:
-        rows = self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.embedding_dim).to(self.dtype)
+        if torch.compiler.is_compiling():
+            rows = packed_rows(index, self._number, self.embedding_dim, self._compute)
+        else:
+            rows = self.look_up(index).to(self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
@@ -226,7 +268,7 @@ class PackedHead(nn.Module):
         return self.table.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.table.multiply(x)
+        y = self.table.traced_product(x)
         bias = self.bias if self.bias_owner is None else self.bias_owner.bias
         return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
 

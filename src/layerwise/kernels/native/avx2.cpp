@@ -15,10 +15,15 @@ struct Simd {
   using Bytes = Ints;
   static constexpr int kChains = 2;  // times two halves
   static constexpr int kTokens = 2;  // 8 sums of 16 registers
-  static constexpr int kInt8Tokens = 4;
+  static constexpr int kSums = 4;    // 8 of 16 registers
+  static constexpr int kHalves = 1;
 
   static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
   static inline Bytes load(const uint8_t* from) { return {half(from), half(from + 32)}; }
+  static inline void keep(uint8_t* to, Bytes v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), v.low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32), v.high);
+  }
   static inline Bytes join(Bytes a, Bytes b) {
     return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
   }
@@ -129,15 +134,18 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
 
+constexpr int kReadAhead = 4096;
+
 uint64_t read_lines(const uint8_t* data, size_t bytes) {
   __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   for (size_t at = 0; at + 2 * kLine <= bytes; at += 2 * kLine) {
-    __builtin_prefetch(data + at + kAhead);
-    __builtin_prefetch(data + at + kAhead + kLine);
+    __builtin_prefetch(data + at + kReadAhead);
+    __builtin_prefetch(data + at + kReadAhead + kLine);
     for (int i = 0; i < 4; ++i) {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + at + 32 * i));
       sum[i] = _mm256_xor_si256(sum[i], v);
@@ -152,5 +160,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx2 = {"avx2", multiply_float, multiply_int8, decode, read_lines};
+const Path kAvx2 = {"avx2", multiply, decode, read_lines, quantize};
 }

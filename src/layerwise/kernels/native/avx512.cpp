@@ -11,9 +11,11 @@ struct Simd {
   using Bytes = __m512i;
   static constexpr int kChains = 4;      // an addition takes four cycles: four sums keep the unit busy
   static constexpr int kTokens = 4;      // 16 sums of 32 registers
-  static constexpr int kInt8Tokens = 8;
+  static constexpr int kSums = 24;       // of 32 registers
+  static constexpr int kHalves = 2;
 
   static inline Bytes load(const uint8_t* from) { return _mm512_load_si512(from); }
+  static inline void keep(uint8_t* to, Bytes v) { _mm512_store_si512(to, v); }
   static inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 
   template <int kShift, int kMask>
@@ -84,16 +86,19 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
+
+constexpr int kReadAhead = 4096;
 
 uint64_t read_lines(const uint8_t* data, size_t bytes) {
   __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   size_t at = 0;
   for (; at + 4 * kLine <= bytes; at += 4 * kLine) {
     for (int i = 0; i < 4; ++i) {
-      __builtin_prefetch(data + at + kAhead + i * kLine);
+      __builtin_prefetch(data + at + kReadAhead + i * kLine);
       sum[i] = _mm512_xor_si512(sum[i], _mm512_loadu_si512(data + at + i * kLine));
     }
   }
@@ -104,5 +109,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx512 = {"avx512", multiply_float, multiply_int8, decode, read_lines};
+const Path kAvx512 = {"avx512", multiply, decode, read_lines, quantize};
 }

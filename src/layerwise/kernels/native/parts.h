@@ -26,11 +26,9 @@ Matrix* repack(const Stored& stored, int threads);  // null: it does not fit tog
 Matrix* copy(const Matrix& matrix, int threads);         // null: there is no memory
 void release(Matrix* matrix);
 
-// Rows of `width` floats: the columns of every block, then zeros up to whole units; and the sum of each block.
-void spread(const Matrix& m, const float* x, int64_t tokens, int64_t stride, float* values, float* sums);
-// The same as int8 codes with a step for each token and block.
-void quantize(const Matrix& m, const float* x, int64_t tokens, int64_t stride, int8_t* codes, float* steps,
-              int32_t* counts);
+// Rows `index` [count] of the stored form as float32 [count, columns], each value as the form defines it. 0 done; 3 no
+// memory; 4 it does not fit together; 5 there is no such row.
+int take_rows(const Stored& stored, const int64_t* index, int64_t count, float* out);
 
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
