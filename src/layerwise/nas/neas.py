@@ -18,8 +18,8 @@ arXiv 2104.00597, whose released part is the retraining; the score's form is our
 at 1, for an untrained choice differs for no good reason; shrinking begins after a warm-up; members may be equal.
 
 Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses to random search (1.7 times the
-cross-entropy), to one member instead of two (1.3) and to shrinking by potential alone (1.2): two branches halve the steps
-that each of them gets, and nothing here has trained for long enough to be in need of an ensemble.
+cross-entropy), to one member instead of two (1.3) and to shrinking by potential alone (1.2). Two branches cost more a
+step, so they have fewer steps, and nothing here trains for long enough to be in need of an ensemble.
 """
 
 from __future__ import annotations
