@@ -14,6 +14,10 @@ Source: G. Jawahar et al., "Mixture-of-Supernets: Improving Weight-Sharing Super
 Mixture-of-Experts", arXiv 2306.04845. Choices of ours: experts start different (equal ones would never separate) and
 sqrt(m) larger, so that their mean is as large as a plain weight; the routers' last layers start small; norms and
 positions stay shared.
+
+Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses to random search (1.6 times the
+cross-entropy). Held against its own supernet, routers that see the architecture do better than blind ones (0.95 times
+the cross-entropy) and no better than a plain supernet of one expert (1.00, within the spread of the seeds).
 """
 
 from __future__ import annotations
