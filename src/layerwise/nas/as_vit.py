@@ -21,7 +21,7 @@ coarse phase instead of two; weights are drawn by one rule for every candidate, 
 matrix and would otherwise measure the rule.
 
 Measured on 10,000 MNIST images (evidence row): at a budget of 300 steps it loses, to random search clearly and to its
-own growth by chance slightly (1.1 times the cross-entropy). Only growth by the number of parameters does a little worse.
+own growth by chance slightly (1.1 times the cross-entropy). Growth by the number of parameters does a little worse.
 What the coarse phase costs or gains was not measured apart.
 """
 
