@@ -11,7 +11,7 @@ import os
 import shlex
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from layerwise.roles import (
     NetworkRewrite,
     NetworkSurgeon,
     Probe,
+    Search,
     Sparsifier,
 )
 from layerwise.technique import Technique, find
@@ -45,6 +46,7 @@ from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
+from layerwise.trials.searches import check_files, search_trials
 from layerwise.trials.sparsifiers import sparsifier_trials
 from layerwise.wanted import wanted_of
 
@@ -58,7 +60,13 @@ ROLES = {
     Generator.role: generator_trials,
     Distiller.role: distiller_trials,
 }
-GROUNDLESS = {Sparsifier.role: sparsifier_trials}  # they bring networks and data of their own
+# What brings networks of its own -> (asked, seed, progress) -> (trials, what they were measured on)
+GROUNDLESS: dict[str, Callable[[Bench, int, Stopwatch], tuple[list[Trial], str]]] = {
+    Sparsifier.role: lambda asked, seed, watch: (sparsifier_trials(asked.technique, seed, watch.stage), ""),
+    Search.role: lambda asked, seed, watch: search_trials(
+        asked.technique, asked.calibrate or "", asked.evaluate or "", seed, watch
+    ),
+}
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
 
@@ -110,7 +118,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     network = metric = data = ""
     for seed in asked.seeds:
         if technique.role in GROUNDLESS:
-            trials = GROUNDLESS[technique.role](asked.technique, seed, Stopwatch(progress).stage)
+            trials, data = GROUNDLESS[technique.role](asked, seed, Stopwatch(progress))
             for place, trial in enumerate(trials):
                 assert trial.figures is not None
                 values.setdefault(place, []).append((trial, trial.figures.setting, trial.figures.baseline))
@@ -174,6 +182,9 @@ def check(asked: Bench) -> type[Technique]:
             f"it measures techniques of the roles {', '.join(known)}"
         )
     given = [asked.network, asked.calibrate, asked.evaluate]
+    if technique.role == Search.role:
+        check_files(*given)
+        return technique
     if technique.role in GROUNDLESS:
         if any(given):
             raise InputError(f"{technique.name} is measured on networks of its own; leave out --network and its texts")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from layerwise.engine.progress import Progress
     from layerwise.generate.network import CausalNetwork
     from layerwise.generate.wanted import Emit, Generation, Wanted
+    from layerwise.nas.task import Found, Task
     from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
     from layerwise.plan.measures import Measures
@@ -315,3 +316,20 @@ class Sparsifier(Technique):
     @abstractmethod
     def check(self, examples: Examples) -> None:
         """``InputError`` where the module or the examples are of a kind that the method does not take."""
+
+
+class Search(Technique):
+    """A space of architectures, labelled images and a budget in; the architecture found and its trained network out.
+
+    All searches are charged by one rule (``nas/task.py``) and none spends more than the budget, its network's own
+    training included. Weights are trained on the training images alone, the choice is made on the validation images,
+    the network is within the limit of parameters, and a seed decides everything.
+    rivals: settings it is held against at the same cost, by ``bench``.
+    """
+
+    role = "search"
+    rivals: ClassVar[tuple[str, ...]] = ("random_search",)
+
+    @abstractmethod
+    def search_in(self, task: Task) -> Found:
+        """Search ``task.space``; ``task`` is left as it was."""

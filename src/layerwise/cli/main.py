@@ -28,6 +28,7 @@ from layerwise.cli import (
     probe,
     report,
     reshape,
+    search,
     train,
     tune,
 )
@@ -58,6 +59,7 @@ app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
+app.command("search")(search.search)
 app.command("tune")(tune.tune)
 app.command("doctor")(doctor.doctor)
 
