@@ -42,9 +42,13 @@ class Store(ABC):
     def read(self, end: int) -> Tensor:
         """Positions ``0 … end - 1`` of every row, in the network's type."""
 
-    @property
     @abstractmethod
-    def nbytes(self) -> int: ...
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is kept, each ``[rows, heads, capacity, …]``."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts())
 
 
 class Plain(Store):
@@ -60,9 +64,8 @@ class Plain(Store):
     def read(self, end: int) -> Tensor:
         return self.data[:, :, :end]
 
-    @property
-    def nbytes(self) -> int:
-        return self.data.nbytes
+    def parts(self) -> tuple[Tensor, ...]:
+        return (self.data,)
 
 
 class Int8(Store):
@@ -85,9 +88,8 @@ class Int8(Store):
     def read(self, end: int) -> Tensor:
         return (self.codes[:, :, :end].to(self.dtype) * self.step[:, :, :end].to(self.dtype)).flatten(-2)
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.step.nbytes
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.codes, self.step
 
 
 class Int4(Store):
@@ -115,9 +117,8 @@ class Int4(Store):
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(self.dtype)
         return (codes * self.step[:, :, :end].to(self.dtype) + self.low[:, :, :end].to(self.dtype)).flatten(-2)
 
-    @property
-    def nbytes(self) -> int:
-        return self.codes.nbytes + self.step.nbytes + self.low.nbytes
+    def parts(self) -> tuple[Tensor, ...]:
+        return self.codes, self.step, self.low
 
 
 STORES: dict[str, type[Plain] | type[Int8] | type[Int4]] = {"16": Plain, "int8": Int8, "int4": Int4}
@@ -156,6 +157,14 @@ class Cache:
         if found is None:
             raise ValueError(f"block {block} has not run yet")
         return found[0].read(end), found[1].read(end)
+
+    def gather(self, start: int, places: Sequence[int]) -> None:
+        """Move what lies at ``places`` (ascending, none before ``start``) to ``start``, ``start + 1``, … in all rows."""
+        if list(places) == list(range(start, start + len(places))):
+            return
+        for store in (store for found in self.stores if found is not None for store in found):
+            for part in store.parts():
+                part[:, :, start : start + len(places)] = part[:, :, list(places)]
 
     @property
     def nbytes(self) -> int:
