@@ -20,6 +20,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    fit,
     generate,
     import_,
     inspect,
@@ -57,6 +58,7 @@ app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
+app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
 
 

@@ -20,12 +20,17 @@ def silent(row: int, tokens: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many tokens, chosen how, over which cache. A token in the network's ``stop`` ends a text, as part of it."""
+    """How many tokens, chosen how, over which cache. A token in the network's ``stop`` ends a text, as part of it.
+
+    bare: for methods that contrast: each prompt once more without the context that it begins with; empty where there
+          is none, and for everyone else a prompt is a prompt.
+    """
 
     new_tokens: int = 128
     choice: Choice = Choice()
     cache: str = "16"
     ignore_stop: bool = False
+    bare: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
