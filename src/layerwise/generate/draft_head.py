@@ -1,15 +1,16 @@
 """A draft head: a small network that guesses the next feature of a large one, how it learns, and its file.
 
     feature f_i = norm(h_L) at position i, what the head of the network reads        e(t) = the network's own table
-    u_i = W [e(t_{i+1}) ; f_i]        W [d, 2 d]
+    u_i = W [e(t_{i+1}) / a ; f_i / b]        W [d, 2 d];  a, b: root mean squares of the table and of features
     g_{i+1} = block(u_1 … u_i)        one decoder block of the network's kind, its first norm left out
     scores of t_{i+2} = head(g_{i+1})        the network's own head
 
-W and the block are trained, table and head are the network's and stay as they are. ``inputs`` are what u is made of;
+Tables may be a hundred times smaller than features, and W would take most of its training to make up for that: hence a
+and b, which the paper does not have. W and the block are trained, table and head are the network's and stay as they are. ``inputs`` are what u is made of;
 ``shifted`` as above, the others are what it is held against: ``unshifted`` takes e(t_i) in the place of e(t_{i+1}),
 ``feature`` and ``token`` only the one or the other.
 
-File (``head.safetensors``): ``fc.weight`` [d, 2 d] and the block's own parameters, all fp16; what the inputs are is in
+File (``head.safetensors``): ``fc.weight`` [d, 2 d], ``scales`` (a, b) and the block's own parameters, all fp16; what the inputs are is in
 the header. It is read as a stranger's: names, shapes and types must be those of the head that this network would have,
 and every value finite.
 """
@@ -35,7 +36,7 @@ FILE = "head.safetensors"
 FORMAT = "layerwise draft head 1"
 INPUTS = ("shifted", "unshifted", "feature", "token")
 FIRST_NORMS = ("input_layernorm", "ln_1")
-DEVIATION = 0.02  # of first weights
+SAMPLED_WORDS = 1024  # of the table, for its root mean square
 NOISE = 0.1  # features are off by at most this in training, as the head's own guesses will be
 TOKEN_WEIGHT = 0.1  # of the cross-entropy beside the distance of features
 LARGEST_GRADIENT = 0.5
@@ -44,6 +45,8 @@ WARM_UP = 0.1  # of the steps
 
 class DraftHead(nn.Module):
     """The head that a network of this kind would have, with first weights drawn by the seed."""
+
+    scales: Tensor
 
     def __init__(self, network: CausalNetwork, inputs: str = "shifted", seed: int = 0) -> None:
         super().__init__()
@@ -56,11 +59,13 @@ class DraftHead(nn.Module):
         for norm in FIRST_NORMS:
             if hasattr(self.block, norm):
                 setattr(self.block, norm, nn.Identity())
+        self.register_buffer("scales", scales_of(network))
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() > 1:
-                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * DEVIATION)
+                    deviation = 1 / math.sqrt(3 * parameter.shape[-1])
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * deviation)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
@@ -70,13 +75,21 @@ class DraftHead(nn.Module):
             embedded = torch.zeros_like(embedded)
         if self.inputs == "token":
             features = torch.zeros_like(features)
-        out: Tensor = self.fc(torch.cat([embedded, features], -1))
+        out: Tensor = self.fc(torch.cat([embedded / self.scales[0], features / self.scales[1]], -1))
         return out
 
 
 def width_of(network: CausalNetwork) -> int:
     """d, the width of the residual stream."""
     return int(network.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+
+@torch.no_grad()
+def scales_of(network: CausalNetwork) -> Tensor:
+    """Root mean squares of the table and, which is that of the last norm's weight, of features; float32 [2]."""
+    words = torch.arange(min(network.words, SAMPLED_WORDS), device=network.device)
+    parts = [network.table(words), next(network.norm.parameters())]
+    return torch.stack([p.float().square().mean().sqrt().clamp(min=1e-3).cpu() for p in parts])
 
 
 def as_network(network: CausalNetwork, head: DraftHead) -> CausalNetwork:

@@ -62,7 +62,7 @@ class Eagle(Generator):
     steps: int = option(400, minimum=1, help="of training a head")
     batch: int = option(8, minimum=1, help="windows a step of training")
     length: int = option(128, minimum=3, help="tokens of a window of training")
-    rate: float = option(2e-3, minimum=1e-6, maximum=1.0, help="peak rate of training")
+    rate: float = option(5e-3, minimum=1e-6, maximum=1.0, help="peak rate of training")
 
     def learn(self, network: CausalNetwork, tokens: Tensor, folder: Path, seed: int, progress: Progress) -> Eagle:
         from layerwise.generate.draft_head import DraftHead, save_head, train_head
