@@ -61,7 +61,9 @@ def learner(method: str) -> Generator:
     found = parse_generator(method)
     if not found.learns:
         known = [name for name in names(Generator) if parse_generator(name).learns]  # type: ignore[type-abstract]
-        raise InputError(f"{found.name} has nothing to learn and can be used as it is; those that do: {', '.join(known)}")
+        raise InputError(
+            f"{found.name} has nothing to learn and can be used as it is; those that do: {', '.join(known)}"
+        )
     return found
 
 

@@ -38,7 +38,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this share.")] = 1.0,
     seed: shared.Seed = 0,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="How: plain, self_speculative, early_exit, eagle, adacad, …; options follow a colon.")
+        str,
+        typer.Option(
+            metavar="NAME", help="How: plain, self_speculative, early_exit, eagle, adacad, …; options follow a colon."
+        ),
     ] = "plain",
     kv_cache: Annotated[str, typer.Option(help="How keys and values are kept: 16 (as computed), int8 or int4.")] = "16",
     ignore_stop: Annotated[bool, typer.Option("--ignore-stop", help="Go on behind the end of a text.")] = False,

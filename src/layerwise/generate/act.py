@@ -77,7 +77,7 @@ class Act(Generator):
                     if float(gain.mean()) > float(gain.std() / len(gain) ** 0.5):
                         found.append(f"{block}.{head}")
                     advance()
-        return replace(self, heads="/".join(found) or "none", windows=96, length=48)
+        return replace(self, heads="/".join(found) or "none", windows=96, length=48)  # type: ignore[type-var]
 
     def _likelihood(self, network: CausalNetwork, windows: Tensor, heads: Heads, block: int) -> Tensor:
         """log p of each window's last token, ``[windows]``; attention is in the open from ``block`` on."""
@@ -193,7 +193,9 @@ def eligible(blocks: int) -> range:
 def read_heads(text: str, blocks: int, heads: int) -> Heads:
     """``2.0/3.5`` -> {2: [0], 3: [5]}. Raises ``InputError`` for heads that the network does not have."""
     if not text:
-        raise InputError("act needs heads, written act:heads=2.0/3.5; find them with: layerwise fit act MODEL OUT --text TEXT")
+        raise InputError(
+            "act needs heads, written act:heads=2.0/3.5; find them with: layerwise fit act MODEL OUT --text TEXT"
+        )
     if text == "none":
         return {}
     if text == "all":

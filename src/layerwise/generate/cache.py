@@ -159,7 +159,7 @@ class Cache:
         return found[0].read(end), found[1].read(end)
 
     def gather(self, start: int, places: Sequence[int]) -> None:
-        """Move what lies at ``places`` (ascending, none before ``start``) to ``start``, ``start + 1``, … in all rows."""
+        """Move what lies at ``places`` (ascending, none before ``start``) to ``start`` and on, in all rows."""
         if list(places) == list(range(start, start + len(places))):
             return
         for store in (store for found in self.stores if found is not None for store in found):

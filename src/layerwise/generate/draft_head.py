@@ -6,13 +6,13 @@
     scores of t_{i+2} = head(g_{i+1})        the network's own head
 
 Tables may be a hundred times smaller than features, and W would take most of its training to make up for that: hence a
-and b, which the paper does not have. W and the block are trained, table and head are the network's and stay as they are. ``inputs`` are what u is made of;
-``shifted`` as above, the others are what it is held against: ``unshifted`` takes e(t_i) in the place of e(t_{i+1}),
-``feature`` and ``token`` only the one or the other.
+and b, which the paper does not have. W and the block are trained, table and head are the network's and stay as they
+are. ``inputs`` are what u is made of; ``shifted`` as above, the others are what it is held against: ``unshifted`` takes
+e(t_i) in the place of e(t_{i+1}), ``feature`` and ``token`` only the one or the other.
 
-File (``head.safetensors``): ``fc.weight`` [d, 2 d], ``scales`` (a, b) and the block's own parameters, all fp16; what the inputs are is in
-the header. It is read as a stranger's: names, shapes and types must be those of the head that this network would have,
-and every value finite.
+File (``head.safetensors``): ``fc.weight`` [d, 2 d], ``scales`` (a, b) and the block's own parameters, all fp16; what
+the inputs are is in the header. It is read as a stranger's: names, shapes and types must be those of the head that this
+network would have, and every value finite.
 """
 
 from __future__ import annotations
@@ -134,7 +134,9 @@ def train_head(
         share = (step + 1) / steps
         for group in optimiser.param_groups:
             group["lr"] = rate * min(share / WARM_UP, 0.5 + 0.5 * math.cos(math.pi * share) + 1e-3)
-        guessed = run_block(network, head, head.mixed(embedded, features[:, :-1] + noise[:, :-1].to(features)))  # [n, t - 1, d]
+        guessed = run_block(
+            network, head, head.mixed(embedded, features[:, :-1] + noise[:, :-1].to(features))
+        )  # [n, t - 1, d]
         scores = network.head(guessed.to(computes_in)).float()
         if not scores.requires_grad:
             raise InputError(
@@ -193,9 +195,7 @@ def save_head(head: DraftHead, folder: Path) -> int:
 def load_head(network: CausalNetwork, folder: Path) -> DraftHead:
     """The head in a folder, in the network's type and on its device. Raises ``InputError`` for one that is not its."""
     if not (folder / FILE).is_file():
-        raise InputError(
-            f"{folder} holds no draft head; make one with: layerwise fit eagle MODEL {folder} --text TEXT"
-        )
+        raise InputError(f"{folder} holds no draft head; make one with: layerwise fit eagle MODEL {folder} --text TEXT")
     tensors, metadata = safetensors_file.read_header(folder / FILE)
     if metadata.get("format") != FORMAT or metadata.get("inputs") not in INPUTS:
         raise InputError(f"{folder / FILE} is no draft head of this version; its header must say {FORMAT!r}")

@@ -72,7 +72,9 @@ class Eagle(Generator):
         with progress.stage(f"train a head on {self.inputs} inputs", self.steps) as advance:
             train_head(network, head, tokens, self.steps, self.batch, length, self.rate, seed, advance)
         save_head(head, folder)
-        return Eagle(head=str(folder), tokens=self.tokens, width=self.width)
+        found: Any = replace(Eagle(), head=str(folder), tokens=self.tokens, width=self.width)  # type: ignore[type-var]
+        assert isinstance(found, Eagle)
+        return found
 
     def generate(
         self, network: CausalNetwork, prompts: Sequence[Sequence[int]], wanted: Wanted, emit: Emit

@@ -61,9 +61,7 @@ class CausalNetwork:
         scores: Tensor = self.head(self.norm(hidden))
         return scores
 
-    def session(
-        self, rows: int = 1, capacity: int | None = None, cache: str = "16", spare: int = 0
-    ) -> Session:
+    def session(self, rows: int = 1, capacity: int | None = None, cache: str = "16", spare: int = 0) -> Session:
         """A fresh cache for so many texts of at most ``capacity`` tokens, with room for ``spare`` nodes of trees."""
         from layerwise.generate.session import Session
 

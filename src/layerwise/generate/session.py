@@ -111,9 +111,7 @@ class Session:
             hidden = hidden + self.network.positions(self._places(starts, tokens.shape[1], branch))
         return hidden
 
-    def run(
-        self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int], branch: Branch | None = None
-    ) -> Tensor:
+    def run(self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int], branch: Branch | None = None) -> Tensor:
         """Hidden states ``[rows, count, d]`` behind these blocks; their keys and values are written at ``starts``.
 
         branch: of a session of one row, whose new positions are nodes of a tree; then ``starts`` does not count.
@@ -130,7 +128,11 @@ class Session:
         for index in blocks:
             window = network.windows[index]
             if window not in masks:
-                masks[window] = self._mask(starts, count, window) if branch is None else _branch_mask(branch, window).to(hidden.device)
+                masks[window] = (
+                    self._mask(starts, count, window)
+                    if branch is None
+                    else _branch_mask(branch, window).to(hidden.device)
+                )
             out = network.blocks[index](hidden, attention_mask=masks[window], **arguments)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden

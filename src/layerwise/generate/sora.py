@@ -66,7 +66,7 @@ class Sora(Generator):
             plain = find("plain")()  # the method that is streamed, found as every technique is
             assert isinstance(plain, Generator)
             found = plain.generate(network, prompts, wanted, emit)
-            notes = {
+            notes: dict[str, object] = {
                 "blocks_kept": resident, "block_bytes": sum(reader.sizes), "held_bytes": reader.held_at_most,
                 "blocks_read": reader.reads, "waited_seconds": round(reader.waited, 4),
             }  # fmt: skip
