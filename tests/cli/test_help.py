@@ -28,6 +28,7 @@ VERBS = (
     "papers",
     "probe",
     "train",
+    "fit",
     "doctor",
     "reshape",
     "depth",
