@@ -16,7 +16,7 @@ from layerwise.errors import InputError
 from layerwise.generate import eagle as technique_file
 from layerwise.generate.branches import Guesses, branch_of, confirm, decode
 from layerwise.generate.choice import Choice
-from layerwise.generate.draft_head import FILE, DraftHead, load_head, save_head
+from layerwise.generate.draft_head import FILE, DraftHead, load_head, recorded, run_block, save_head, train_head
 from layerwise.generate.wanted import Wanted, Work, silent
 from layerwise.network import safetensors_file
 from layerwise.recipe import parse_generator
@@ -139,24 +139,28 @@ def test_only_true_features_outlive_a_round(width: int, monkeypatch: pytest.Monk
 # ---------------------------------------------------------------- what the head is fed
 
 
-def accepted(inputs: str, folder: Path, text: Tensor, net: Any) -> int:
-    """Guesses that are right, of a head that has learned one text by heart, on that text."""
-    asked: Any = parse_generator(f"eagle:inputs={inputs},steps=60,batch=4,length=24,rate=0.01")
-    folder.mkdir()
-    head: Any = asked.learn(net, text, folder, 0, Stopwatch())
-    found = replace(head, tokens=1).generate(net, [text[:8].tolist()], Wanted(40, ignore_stop=True), silent)
-    return int(found.work.accepted)
+def learned(inputs: str) -> tuple[float, float]:
+    """(distance at the end of training, share of a text's next tokens that the trained head guesses).
+
+    The texts are drawn, so that a feature says which tokens may follow and never which one did.
+    """
+    net = network("llama", blocks=1)
+    draw = torch.Generator().manual_seed(5)
+    text, held = torch.randint(2, WORDS, (3000,), generator=draw), torch.randint(2, WORDS, (8, 24), generator=draw)
+    head = DraftHead(net, inputs)
+    losses = train_head(net, head, text, 150, 8, 24, 0.01, 0, lambda: None)
+    with torch.no_grad():
+        features, embedded, wanted = recorded(net, held, inputs)
+        guessed = run_block(net, head, head.mixed(embedded, features[:, :-1]))
+        right = net.head(guessed.double()).argmax(-1) == wanted.argmax(-1)
+    return sum(losses[-10:]) / 10, float(right.float().mean())
 
 
-def test_a_head_that_knows_the_next_token_guesses_best(tmp_path: Path) -> None:
-    """The paper's ablations: the token one step ahead and the feature, against either alone and the token too late."""
-    net = network("llama")
-    start = prompts(1, seed=21, longest=8)[0]
-    text = torch.tensor([*start, *greedy_without_cache(net, start, 90, stop=False)])
-    found = {name: accepted(name, tmp_path / name, text, net) for name in ("shifted", "unshifted", "feature", "token")}
-    assert found["shifted"] >= 12
-    assert found["shifted"] > max(found["unshifted"], found["feature"])
-    assert found["shifted"] >= found["token"]
+def test_a_head_that_knows_the_token_one_step_ahead_guesses_best() -> None:
+    """The paper's ablations: against the token too late, the feature alone, and the token alone."""
+    found = {name: learned(name) for name in ("shifted", "unshifted", "feature", "token")}
+    assert found["shifted"][0] < min(found[other][0] for other in ("unshifted", "feature", "token"))
+    assert found["shifted"][1] > 1.3 * max(found["unshifted"][1], found["feature"][1])
 
 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
