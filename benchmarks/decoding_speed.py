@@ -12,10 +12,7 @@
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
   with transformers' cache and a known token, medians of rounds in turn.
 
-A method that learns (``eagle``) and is not told of what it learned is fitted first, on the calibration text that suits the
-network; ``eagle:head=DIR`` takes a head that is there.
-
-A method that learns and is not told what (``eagle``) is fitted first, on the calibration text that suits the network;
+A method that learns (``eagle``) and was given nothing is fitted first, on the calibration text that suits the network;
 ``eagle:head=DIR`` takes a head that is there.
 
 Acceptance is a property of trained weights: a random network's drafts agree with it by chance, so ``--random`` measures
