@@ -38,6 +38,9 @@ WRITTEN = {
     "A": "OUT",
     "B": "OUT",
     "300": "3",  # steps of training
+    "eagle": "eagle:steps=2,batch=2,length=16",
+    "act": "act:windows=2,length=8",
+    "act:heads=2.0/2.3": "act:heads=0.0/1.1",
 }
 OPTIONAL = re.compile(r"distance:")  # the loss of an encoder, shown beside those of a causal network
 

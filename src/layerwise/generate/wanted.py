@@ -54,7 +54,8 @@ class Work:
     prefill_seconds: of the prompts, with whatever was measured on them; decode_seconds: of all that follows.
     prefilled:     texts whose first token came out of the prompt's pass.
     full_passes:   passes through the last block, of all texts together in plain decoding, behind the prompts'.
-    block_passes:  blocks run in them and in drafts, however many tokens at a time.
+    block_passes:  blocks of the network run in them and in drafts, however many tokens at a time; the block of a draft
+                   head is none of them.
     drafted, accepted: tokens that were proposed, and those of them that the network confirmed.
     exited:        tokens that left before the last block and were kept.
     """
