@@ -14,7 +14,7 @@ Source: H. Wang et al., "AdaCAD: Adaptively Decoding to Balance Conflicts betwee
 arXiv 2409.07394. Its text gives the divergence in base 2, its code in nats; ``base`` is ours to choose, nats by
 default. What p and q hold below 1e-9 does not count.
 
-Measured on docs-lm, on questions made of its own texts: the fixed contrast of 1 follows the context in 10 points more of
+Measured on docs-lm, on questions of its own texts: the fixed contrast of 1 follows the context in 10 points more of
 the conflicts than plain decoding, but spoils 5.5 points of the agreements and 3.5 of real text; the adaptive one gains
 1 point and loses 1 and none. So it does no harm, as the paper says, but keeps little of the gain: so small a network is
 unsure of its own memory, the two distributions diverge little, and the mean strength is 0.05.

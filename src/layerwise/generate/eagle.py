@@ -19,8 +19,8 @@ walks the tree, which keeps not just the distribution but plain decoding's very 
 
 Measured on docs-lm (5 blocks of width 192) with heads of 150 steps: 0.53 full passes a token as a chain of 4, 0.41 as
 three paths; of the chain's guesses 23 % are right, and 9 to 12 % where the head is fed the token too late, only the
-feature or only the token. Yet it takes 1.4 to 1.5 times as long as plain decoding: a guess runs the network's head and a
-block, which of five small blocks and in an interpreter is as dear as what it saves. Deeper networks save more.
+feature or only the token. Yet it takes 1.4 to 1.5 times as long as plain decoding: a guess runs the network's head and
+a block, which of five small blocks and in an interpreter is as dear as what it saves. Deeper networks save more.
 """
 
 from __future__ import annotations

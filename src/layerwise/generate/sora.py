@@ -12,9 +12,9 @@ Source: B. Kim et al., "On-device Sora: Enabling Diffusion-Based Text-to-Video G
 2502.04363 and 2503.23796: concurrent inference with dynamic loading. What stays resident, the paper decides by the
 memory that is free at run time; here the user says.
 
-A file that was just read lies in the system's page cache, so that reading it again is a copy and a conversion: for
-decoding, where a block computes for a token in less time than that, time is that of reading. Overlap pays for prompts,
-for many texts at a time, and on slow disks.
+Measured on docs-lm (5 blocks of 1.6 MB, file in the page cache, so that reading is a copy and a conversion, machine
+busy): 40 % of the blocks' bytes in memory, 20 % without reading ahead. One text at a time takes 2.4 times as long as in
+memory, and 6.4 times without reading ahead; twelve side by side take 1.3 and 1.4 times as long.
 """
 
 from __future__ import annotations
