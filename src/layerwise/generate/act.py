@@ -13,6 +13,10 @@ kept if the likelihood of the right next token behind windows of the text rises 
 first two blocks and the last are left alone. The paper counts right answers of multiple-choice questions instead, which
 takes labels and moves in steps of one question.
 
+Measured on docs-lm, 400 windows of 48 tokens, two seeds: 63.5 % of next tokens wrong, 63.6 % without calibration and
+64.1 % with as many other heads: no gain that such a count could tell from none. Calibrating every head that may be
+costs 3.5 points, so the choice of heads is what keeps it harmless; the first token as well makes no difference.
+
 Source: Z. Yu et al., "Unveiling and Harnessing Hidden Attention Sinks: Enhancing Large Language Models without Training
 through Attention Calibration", arXiv 2406.15765.
 """
