@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 from layerwise.technique import Technique
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.nn import Module
     from torch.optim import Optimizer
@@ -260,10 +262,23 @@ class Generator(Technique):
 
     lossless: greedily it gives the tokens of plain greedy decoding, and drawn ones come from the network's own
               distribution; False for a method that changes what is said.
+    learns:   it has to learn something about the network from text first (``layerwise fit``).
+    streams:  it reads blocks from disk as it goes, and is best given a network whose blocks are not in memory.
+    judged_by: what ``layerwise bench`` measures: ``speed``, what it makes of ``context``, or the ``next`` token.
     """
 
     role = "generator"
     lossless: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "speed"
+
+    def learn(self, network: CausalNetwork, tokens: Tensor, folder: Path, seed: int, progress: Progress) -> Generator:
+        """Itself, set to what it learned from a run of tokens, int64 [n]; files that it needs go into ``folder``.
+
+        The same network, tokens and seed give the same files.
+        """
+        return self
 
     @abstractmethod
     def generate(

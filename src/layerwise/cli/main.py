@@ -20,6 +20,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    fit,
     generate,
     import_,
     inspect,
@@ -61,6 +62,7 @@ app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
 app.command("search")(search.search)
 app.command("tune")(tune.tune)
+app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
 
 
