@@ -136,6 +136,11 @@ class Streamer:
                 f"{network.name} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
                 f"calibrate and compress the network that it was made from, and arrange the artifact"
             )
+        if network.depths is not None and not steps:
+            raise InputError(
+                f"{network.name} runs its blocks for some tokens or texts only; calibrate and compress the network "
+                f"that it was made from"
+            )
         self.network = network
         self.members: nn.ModuleList = network.module.get_submodule(network.tree.blocks[0].rpartition(".")[0])  # type: ignore[assignment]
         self.weights: Weights = weights if weights is not None else network
