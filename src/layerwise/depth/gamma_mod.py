@@ -54,7 +54,7 @@ class GammaMod(NetworkSurgeon):
 
     rivals: ClassVar[tuple[str, ...]] = ("gamma_mod:choose=highest", "gamma_mod:choose=random")
 
-    count: int = option(0, minimum=0, maximum=1024, help="blocks that tokens can pass by; 0: half of those behind the first")
+    count: int = option(0, minimum=0, maximum=1024, help="blocks tokens can pass by; 0: half of those behind the first")
     share: float = option(0.5, minimum=0.0, maximum=1.0, help="of the tokens that such a block runs for")
     protect: int = option(8, minimum=0, help="last tokens of a training sequence that pass no block by")
     choose: str = option("lowest", choices=("lowest", "highest", "random"), help="attention rank of those blocks")
@@ -114,11 +114,10 @@ class GammaMod(NetworkSurgeon):
                     total, terms = total + float(found.sum()), terms + len(found)
             return total / max(1, terms)
 
-        trained = {n: p for n, p in module.named_parameters() if n.startswith(tuple(f"{b}." for b in network.tree.blocks))}
+        inside = tuple(f"{block}." for block in network.tree.blocks)
+        trained = {name: p for name, p in module.named_parameters() if name.startswith(inside)}
         with progress.stage("train routers", max(1, self.steps)) as advance:
-            _training.train(
-                list(trained.values()), of_part, judge, self.steps, self.rate, len(fit), self.seed, advance
-            )
+            _training.train(list(trained.values()), of_part, judge, self.steps, self.rate, len(fit), self.seed, advance)
         running.protected = 0
         scores = []
         with torch.no_grad():

@@ -1,12 +1,12 @@
 """LayerSkip's training: blocks are dropped at random, the later the oftener, and every block is read by the one head.
 
-    p_l = p_max (2^{l / (L-1)} - 1),  l = 0 … L-1        a sequence passes block l by with this probability: h_l = h_{l-1}
+    p_l = p_max (2^{l / (L-1)} - 1),  l = 0 … L-1        of a sequence passing block l by: h_l = h_{l-1}
     L   = sum_l w_l CE(head(norm(h_l)), y),  w_l = C(t, l) e(l) / sum_i C(t, i) e(i)
     e(l) = s (0 + 1 + … + l) for l < L-1;   e(L-1) = (L-1) + s (0 + … + (L-2))
 
 C chooses the exits of a step: ``rotational`` takes, beside the last, the blocks with ``l mod R = t mod R``; ``gradual``
-adds one from the last down every steps / (2 L). A dropped block is the identity and nothing is rescaled. All exits share
-the network's own norm and head, so that the trained network is the checkpoint that it was, and ``layerwise generate``
+adds one from the last down every steps / (2 L). A dropped block is the identity and nothing is rescaled. All exits
+share the network's own norm and head, so that the trained network is the checkpoint that it was, and ``layerwise generate``
 drafts by its first blocks (``self_speculative``) or leaves there (``early_exit``). The network is its own student:
 
     layerwise tune MODEL OUT --teacher MODEL --technique layer_skip --calibrate text.txt
@@ -31,7 +31,7 @@ from layerwise.technique import option, technique
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from layerwise.distill.lesson import Distilled, Lesson
+    from layerwise.distill.lesson import Distilled, Lesson, Seen
     from layerwise.distill.text import TextLesson
 
 
@@ -44,9 +44,9 @@ class LayerSkip(Distiller):
 
     steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")
     sequences: int = option(8, minimum=1, maximum=4096, help="sequences a step")
-    rate: float = option(0.001, minimum=0, maximum=1, help="peak rate")
+    rate: float = option(0.0003, minimum=0, maximum=1, help="peak rate")
     drop: float = option(0.1, minimum=0.0, maximum=0.9, help="probability of passing the last block by")
-    scale: float = option(0.2, minimum=0.0, maximum=100.0, help="weight of early exits beside the last block's")
+    scale: float = option(1.0, minimum=0.0, maximum=100.0, help="weight of early exits beside the last block's")
     curriculum: str = option("rotational", choices=("rotational", "gradual", "all"), help="which exits a step trains")
     stride: int = option(0, minimum=0, maximum=1024, help="R of the rotational curriculum; 0 takes half of the blocks")
     learn: str = option("text", choices=("text", "teacher"), help="next tokens of the text, or the teacher's output")
@@ -79,11 +79,12 @@ class LayerSkip(Distiller):
             rows = len(lesson.batches[part].tokens)
             dropped = torch.rand(blocks, rows, generator=generator) < chances[:, None]
             with lesson.dropping(lesson.student, dropped):
-                return self.of_exits(lesson, part, weights(blocks, self.scale, self.exits(step, blocks)))
+                seen = lesson.see(lesson.student, part)
+            return self.of_exits(lesson, part, seen, weights(blocks, self.scale, self.exits(step, blocks)))
 
         def judge(part: int) -> tuple[Tensor, int]:
             terms = int(lesson.batches[part].counted.sum()) if not lesson.embeds else len(lesson.batches[part].tokens)
-            return self.of_exits(lesson, part, even) * terms, terms
+            return self.of_exits(lesson, part, lesson.see(lesson.student, part), even) * terms, terms
 
         return fit(self, lesson, self.rate, loss, judge=judge)
 
@@ -103,13 +104,12 @@ class LayerSkip(Distiller):
         stride = self.stride or max(1, blocks // 2)
         return [i for i in range(blocks) if i % stride == step % stride or i == blocks - 1]
 
-    def of_exits(self, lesson: TextLesson, part: int, shares: dict[int, float]) -> Tensor:
+    def of_exits(self, lesson: TextLesson, part: int, seen: Seen, shares: dict[int, float]) -> Tensor:
         """The weighed loss of the student's exits."""
         import torch
 
         from layerwise.distill._outputs import of_labels
 
-        seen = lesson.see(lesson.student, part)
         wanted = None if self.learn == "text" else lesson.taught(part).output
         found = []
         for block, share in shares.items():

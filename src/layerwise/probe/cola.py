@@ -17,14 +17,15 @@ The figure to distrust is the share of wrong samples that some chain corrects: o
 many chains. Beside it stands the same search for a *drawn* token out of the ten that the network finds likeliest, the
 right one left out; what the search finds for that is luck. And beside the tree search stand as many drawn chains.
 
-Source: "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996. The constants c, lam,
-k and r are from memory of it; kept states are ours. An oracle's figure: choosing the chain needs the answer.
+Source: "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996. The constants c,
+lam, k and r are from memory of it; kept states are ours. An oracle's figure: choosing the chain needs the answer.
 
 MEASURED_COLA
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -85,8 +86,9 @@ class Cola(Probe):
                 generator = torch.Generator().manual_seed((self.seed * 1_000_003 + calibration.seed) * 1009 + place)
                 if runner.run(intact) < -1:
                     raise InputError("cola finds no finite answer of the network as it is")
-                searched = self.search(count, lambda chain: runner.run(chain) == answers[0], generator)
-                drawn = drawn_chains(count, self.simulations, lambda chain: runner.run(chain) == answers[0], generator)
+                right = functools.partial(answered, runner, answers[0])
+                searched = self.search(count, right, generator)
+                drawn = drawn_chains(count, self.simulations, right, generator)
                 if runner.run(intact) == answers[0]:
                     best = searched or intact
                     lengths["search"].append(len(best) / count)
@@ -97,13 +99,13 @@ class Cola(Probe):
                 else:
                     mended["search"].append(float(searched is not None))
                     mended["drawn"].append(float(drawn is not None))
-                    other = self.search(count, lambda chain: runner.run(chain) == answers[1], generator)
+                    other = self.search(count, functools.partial(answered, runner, answers[1]), generator)
                     mended["control"].append(float(other is not None))
-        right, wrong = len(lengths["search"]), len(mended["search"])
+        sound, wrong = len(lengths["search"]), len(mended["search"])
         mean = {name: sum(v) / max(1, len(v)) for name, v in lengths.items()}
         share = {name: sum(v) / max(1, len(v)) for name, v in mended.items()}
         compared = []
-        if right:
+        if sound:
             compared.append(
                 Compared("mean length of the shortest right chain, tree search", mean["search"],
                          "as many drawn chains", mean["drawn"], LENGTHS)
@@ -121,8 +123,8 @@ class Cola(Probe):
             network.name,
             network.architecture,
             (Column("uses", "a sample", "how often the shortest right chain runs the block, over right samples"),),
-            tuple(Row(b, (uses[i] / max(1, right),)) for i, b in enumerate(network.tree.blocks)),
-            f"Of {right} samples answered right, {shorter} have a shorter chain, {mean['search']:.2f} of the network "
+            tuple(Row(b, (uses[i] / max(1, sound),)) for i, b in enumerate(network.tree.blocks)),
+            f"Of {sound} samples answered right, {shorter} have a shorter chain, {mean['search']:.2f} of the network "
             f"long on average ({mean['drawn']:.2f} among drawn chains); of {wrong} answered wrong, "
             f"{share['search']:.0%} have a right chain, and {share['control']:.0%} have one for a drawn token.",
             "The search is told the answer: its shares are bounds that no rule without the answer reaches, and what it "
@@ -130,9 +132,9 @@ class Cola(Probe):
             (
                 Bars("Uses of a block in the shortest right chains", "A network as it is uses each once.",
                      tuple(f"block {b.rpartition('.')[2]}" for b in network.tree.blocks),
-                     tuple(u / max(1, right) for u in uses), "a sample"),
+                     tuple(u / max(1, sound) for u in uses), "a sample"),
             ),
-            {"samples": right + wrong, "right": right, "simulations": self.simulations, "shorter": shorter,
+            {"samples": sound + wrong, "right": sound, "simulations": self.simulations, "shorter": shorter,
              "corrected": f"{share['search']:.3f}", "corrected by drawn chains": f"{share['drawn']:.3f}",
              "led to a drawn token": f"{share['control']:.3f}"},
             tuple(compared),
@@ -230,9 +232,7 @@ def score(rule: Cola, parent: Node, child: Node, blocks: int) -> float:
     return child.reward / child.visits + spread - rule.shorter * (len(child.chain) / blocks - 1)
 
 
-def drawn_chains(
-    blocks: int, count: int, right: Callable[[Chain], bool], generator: torch.Generator
-) -> Chain | None:
+def drawn_chains(blocks: int, count: int, right: Callable[[Chain], bool], generator: torch.Generator) -> Chain | None:
     """The shortest right one of ``count`` chains: the intact one, and drawn sequences of actions."""
     import torch
 
@@ -272,6 +272,11 @@ class Runner:
         return self.answers[chain]
 
 
+def answered(runner: Runner, answer: int, chain: Chain) -> bool:
+    """Whether the network, run along a chain, gives this answer."""
+    return runner.run(chain) == answer
+
+
 def samples_of(stack: Stack, calibration: Calibration, rule: Cola) -> list[tuple[Runner, tuple[int, int]]]:
     """(runner, (right answer, a drawn likely other one)) of texts at the start of the judge split."""
     import torch
@@ -282,7 +287,7 @@ def samples_of(stack: Stack, calibration: Calibration, rule: Cola) -> list[tuple
     intact = tuple(range(len(stack.blocks)))
     if loss.kind != "token kl":
         outputs = [loss.target(stack.leave(b, stack.states(stack.enter(b))[-1]), b)[0] for b in singles]
-    for place, whole in enumerate(singles):
+    for whole in singles:
         if loss.kind == "token kl":
             length = min(LENGTH, int(whole.counted.sum()) - 1)
             if length < 1:

@@ -23,12 +23,12 @@ from layerwise.trials.distillers import NATS, Study, half_bytes, settings, train
 from layerwise.trials.generators import FULL, PROMPT_TOKENS, REFUSED, prompts_of
 
 PROMPTS, NEW_TOKENS = 8, 48
-STEPS = 80  # the recipe asks for more than a student that inherits
+RATE = 0.0003  # of a network that is trained already
 
 
 def exit_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
     """Every exit against the same exit of each rival."""
-    mine, rivals = settings(technique, STEPS if study == Study() else study.steps, study.sequences)
+    mine, rivals = settings(technique, study.steps, study.sequences, RATE)
     teacher = load(ground.network.checkpoint.directory, dtype=torch.float32)
     loss, held = ground.prepared.loss, ground.prepared.evaluation.batches
     train, judge = train_and_judge(ground, study)
@@ -50,7 +50,9 @@ def exit_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
         for place, metric in enumerate((REFUSED, FULL)):
             rows += [(metric, f"the first {d} draft", drafts[d][place], their[d][place]) for d in drafts]
         trials += [
-            Trial(Side(f"{mine}, {said}", size, None), Side(f"{rival}, {said}", size, None), Figures(metric, own, other))
+            Trial(
+                Side(f"{mine}, {said}", size, None), Side(f"{rival}, {said}", size, None), Figures(metric, own, other)
+            )
             for metric, said, own, other in rows
         ]
     return trials
