@@ -19,15 +19,18 @@ from layerwise.evidence.rows import (
     techniques_with_evidence,
     write_evidence,
 )
+from layerwise.probe.cola import LENGTHS, UNMENDED
 from layerwise.technique import find, names
 from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS
 from layerwise.trials.distillers import METRICS as OF_DISTILLERS
 from layerwise.trials.generators import METRICS as OF_GENERATORS
 from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
+from layerwise.trials.text_depths import METRICS as OF_TEXT_DEPTHS
 
 TECHNIQUES = techniques_with_evidence()
 METRICS = {"kl", "distance", "perplexity", EXACTNESS, METRIC, *OF_BLUEPRINTS, *OF_GENERATORS, *OF_DISTILLERS}
+METRICS |= {LENGTHS, UNMENDED, *OF_TEXT_DEPTHS}
 
 
 def test_evidence_is_there() -> None:

@@ -6,7 +6,8 @@
     run            exactly argmax gate(s_1) blocks
 
 s_1 is the mean state of the tokens behind block 1 over its rms: the paper's gate reads the features of a backbone in
-front of the encoder, and here the table and the first block take its place: every text runs at least one. Step 2 sees texts that step 1 was not trained on, because there the deepest exits look perfect. A new ``beta`` (loss a block)
+front of the encoder, and here the table and the first block take its place: every text runs at least one. Step 2 sees
+texts that step 1 was not trained on, because there the deepest exits look perfect. A new ``beta`` (loss a block)
 changes steps 2 and 3 alone. The result is a checkpoint that plain transformers loads after ``import layerwise``.
 
 Source: "Efficient Transformer Encoders for Mask2Former-style models", arXiv 2404.15244: an encoder of pictures with a
@@ -38,7 +39,7 @@ GATE_STEPS, GATE_RATE = 200, 3e-3
 
 @technique(
     paper="ECO-M2F",
-    menu=("steps=60",),
+    menu=("beta=0.02",),
     left_out="segmentation: exits are judged by the loss to the whole network, not by panoptic quality",
 )
 class EcoM2f(NetworkSurgeon):
@@ -49,7 +50,7 @@ class EcoM2f(NetworkSurgeon):
 
     beta: float = option(0.02, minimum=0.0, maximum=1e6, help="loss that a block has to save to be worth running")
     gate: str = option("learned", choices=("learned", "shuffled"), help="depths it is taught: each text's own, or not")
-    steps: int = option(60, minimum=0, help="training steps of the exits")
+    steps: int = option(50, minimum=0, help="training steps of the exits")
     rate: float = option(3e-4, minimum=0.0, maximum=1.0, help="learning rate of Adam, falling to zero")
     sequences: int = option(8, minimum=1, maximum=4096, help="texts a step")
     seed: int = option(0, minimum=0, help="of the gate and of the order of training")

@@ -39,7 +39,7 @@ INNER = 32  # width of the head's hidden layer
 
 @technique(
     paper="PALBERT",
-    menu=("steps=60",),
+    menu=("q=0.5",),
     left_out="training on labels, and GLUE: exits learn what the whole network says",
 )
 class Palbert(NetworkSurgeon):
@@ -52,7 +52,7 @@ class Palbert(NetworkSurgeon):
     prior: float = option(0.3, minimum=0.001, maximum=0.999, help="a: chance of leaving at each block, beforehand")
     beta: float = option(0.5, minimum=0.0, maximum=1000.0, help="weight of the prior")
     previous: bool = option(True, help="show the head the state behind the block before, too")
-    steps: int = option(60, minimum=0, help="training steps")
+    steps: int = option(50, minimum=0, help="training steps")
     rate: float = option(3e-4, minimum=0.0, maximum=1.0, help="learning rate of Adam, falling to zero")
     sequences: int = option(8, minimum=1, maximum=4096, help="texts a step")
     seed: int = option(0, minimum=0, help="of the head and of the order of training")

@@ -6,8 +6,8 @@
 
 C chooses the exits of a step: ``rotational`` takes, beside the last, the blocks with ``l mod R = t mod R``; ``gradual``
 adds one from the last down every steps / (2 L). A dropped block is the identity and nothing is rescaled. All exits
-share the network's own norm and head, so that the trained network is the checkpoint that it was, and ``layerwise generate``
-drafts by its first blocks (``self_speculative``) or leaves there (``early_exit``). The network is its own student:
+share the network's own norm and head, so that the trained network is the checkpoint that it was, and ``layerwise
+generate`` drafts by its first blocks (``self_speculative``) or leaves there (``early_exit``). It is its own student:
 
     layerwise tune MODEL OUT --teacher MODEL --technique layer_skip --calibrate text.txt
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 class LayerSkip(Distiller):
     """The network learns to be read at every block, so that its first blocks draft what all of them say."""
 
-    rivals = ("logits:steps=0", "logits:labels=1.0", "layer_skip:drop=0.0", "layer_skip:scale=0.0")
+    rivals = ("logits:steps=0", "layer_skip:drop=0.0", "layer_skip:scale=0.0")
     studies = ("exits",)
 
     steps: int = option(200, minimum=0, maximum=1_000_000, help="steps of Adam")

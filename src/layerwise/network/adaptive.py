@@ -64,7 +64,7 @@ class Running:
 
 def running_of(module: nn.Module) -> Running | None:
     """What the blocks of a network share, where they run adaptively."""
-    return next((m.adapt[0] for m in module.modules() if "adapt" in m.__dict__), None)
+    return next((m.__dict__["adapt"][0] for m in module.modules() if "adapt" in m.__dict__), None)
 
 
 def adapt_module(module: nn.Module, depths: Depths) -> Running:
@@ -74,8 +74,8 @@ def adapt_module(module: nn.Module, depths: Depths) -> Running:
     blocks = [module.get_submodule(path) for path in find_blocks(module)]
     checked(depths, len(blocks))
     width, like = int(module.config.hidden_size), next(blocks[0].parameters())  # type: ignore[union-attr, arg-type]
-    for block in depths.blocks:
-        blocks[block].add_module("depth", _parameters({"weight": (width,), "bias": (1,)}, like))
+    for routed in depths.blocks:
+        blocks[routed].add_module("depth", _parameters({"weight": (width,), "bias": (1,)}, like))
     if depths.of_texts:
         read, said = (2 * width, 1) if depths.rule == "exit" else (width, len(blocks))
         head = nn.Module()
@@ -84,7 +84,7 @@ def adapt_module(module: nn.Module, depths: Depths) -> Running:
         blocks[0].add_module("depth", head)
     running = Running(depths, blocks)
     for index, block in enumerate(blocks):
-        block.adapt = (running, index)  # type: ignore[assignment]
+        block.__dict__["adapt"] = (running, index)
         block.__class__ = adaptive_class(type(block))
     return running
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from layerwise.errors import InputError
 
@@ -71,7 +71,7 @@ def parse_depths(value: object) -> Depths:
         and type(inner) is int
         and (0 if rule == "tokens" else 1) <= inner <= WIDEST
     )
-    found = Depths(rule, tuple(blocks), threshold, inner) if sound else None
+    found = Depths(cast("Rule", rule), tuple(blocks), threshold, inner) if sound else None
     if found is None or found.written() != dict(value) or (rule == "tokens" and not found.blocks):
         raise InputError("the artifact's depths are damaged, or not written as layerwise writes them")
     return found

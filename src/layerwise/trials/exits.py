@@ -10,6 +10,8 @@ full passes     of the whole network a new token, with the same drafts; plain de
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from layerwise.distill.inherit import inherit
@@ -22,7 +24,7 @@ from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 from layerwise.trials.distillers import NATS, Study, half_bytes, settings, train_and_judge
 from layerwise.trials.generators import FULL, PROMPT_TOKENS, REFUSED, prompts_of
 
-PROMPTS, NEW_TOKENS = 8, 48
+PROMPTS, NEW_TOKENS = 4, 48
 RATE = 0.0003  # of a network that is trained already
 
 
@@ -31,7 +33,7 @@ def exit_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
     mine, rivals = settings(technique, study.steps, study.sequences, RATE)
     teacher = load(ground.network.checkpoint.directory, dtype=torch.float32)
     loss, held = ground.prepared.loss, ground.prepared.evaluation.batches
-    train, judge = train_and_judge(ground, study)
+    train, judge = train_and_judge(ground, replace(study, steps=mine.steps))
     found: dict[str, tuple[int, list[float], dict[int, tuple[float, float]]]] = {}
     for distiller in (mine, *rivals):
         student = inherit(teacher)
@@ -59,8 +61,8 @@ def exit_trials(ground: Ground, technique: str, study: Study) -> list[Trial]:
 
 
 def drafting(blocks: int) -> list[int]:
-    """How many first blocks draft: a quarter of them, as in the paper, and half."""
-    return sorted({max(1, blocks // 4), max(1, blocks // 2)})
+    """How many first blocks draft: half and three quarters; the first exit has no weight in the recipe."""
+    return sorted({max(1, blocks // 2), max(1, 3 * blocks // 4)})
 
 
 @torch.inference_mode()
