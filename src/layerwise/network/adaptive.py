@@ -85,7 +85,7 @@ def adapt_module(module: nn.Module, depths: Depths) -> Running:
     running = Running(depths, blocks)
     for index, block in enumerate(blocks):
         block.__dict__["adapt"] = (running, index)
-        block.__class__ = adaptive_class(type(block))
+        block.__class__ = adaptive_class(type(block))  # type: ignore[arg-type]
     return running
 
 

@@ -6,10 +6,10 @@
     reward     1 where the network, run along p, answers the sample right, else 0
 
 Every simulation walks down by selection, adds one untried action, small changes first (with probability ``wander`` it
-goes to a drawn one that was tried before), runs the chain and hands the reward back up. A node gets its n-th action once
-it was visited (n - 1)^2 times, so that the tree grows deep as well as wide. The answer is the shortest chain that was right. States
-of shared beginnings are kept, so that a simulation computes only the blocks behind the first difference, and a chain
-that was run before costs nothing.
+goes to a drawn one that was tried before), runs the chain and hands the reward back up. A node gets its n-th action
+once it was visited (n - 1)^2 times, so that the tree grows deep as well as wide. The answer is the shortest chain that
+was right. States of shared beginnings are kept, so that a simulation computes only the blocks behind the first
+difference, and a chain that was run before costs nothing.
 
 Samples are texts of the judge split. Right is the text's own next token behind it; for a classifier the class, and for
 an encoder the nearest text, that the intact network gives, so that there every sample is right to begin with.
