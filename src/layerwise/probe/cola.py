@@ -2,7 +2,7 @@
 
     state      a chain p of block numbers and a cursor; the root is (1, …, L) with the cursor at its start
     actions    keep the next block; skip the next k; run the next k once more, r times: k, r in 1 … 4
-    selection  Q / N + c sqrt(ln N_parent / N) - lam (|p| / L - 1)
+    selection  Q / N + c sqrt(ln N_parent / N) - lam (|p| / L - 1), the last below nodes that led to a right chain
     reward     1 where the network, run along p, answers the sample right, else 0
 
 Every simulation walks down by selection, adds one untried action, small changes first (with probability ``wander`` it
@@ -19,7 +19,7 @@ many chains. Beside it stands the same search for a *drawn* token out of the ten
 right one left out; what the search finds for that is luck. And beside the tree search stand as many drawn chains.
 
 Source: "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996. The constants c,
-k and r are from memory of it; kept states and the pace at which nodes get actions are ours. lam = 0.5 and not 3, which
+k and r are from memory of it; kept states, the pace at which nodes get actions and where length has a price are ours. lam = 0.5 and not 3, which
 is from memory too: by 3 a short wrong chain outweighs a right one, and on four blocks the search then missed the
 shortest right chain that it finds by 0.5. An oracle's figure: choosing the chain needs the answer.
 
@@ -231,7 +231,8 @@ def score(rule: Cola, parent: Node, child: Node, blocks: int) -> float:
     if not child.visits:
         return math.inf
     spread = rule.explore * math.sqrt(math.log(max(1, parent.visits)) / child.visits)
-    return child.reward / child.visits + spread - rule.shorter * (len(child.chain) / blocks - 1)
+    price = rule.shorter * (len(child.chain) / blocks - 1) if parent.reward else 0.0
+    return child.reward / child.visits + spread - price
 
 
 def drawn_chains(blocks: int, count: int, right: Callable[[Chain], bool], generator: torch.Generator) -> Chain | None:
