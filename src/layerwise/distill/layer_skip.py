@@ -18,7 +18,12 @@ already. Choices of ours: R is half of the blocks unless given; ``learn=teacher`
 of the text's next token, for encoders; when the gradual curriculum is over is not in the paper. ``drop=0`` and
 ``scale=0`` are the ablations: with both it is plain training on next tokens.
 
-MEASURED_LAYER_SKIP
+Measured on a trained network of five blocks and 0.26 million weights (stories260k, the texts that it is made for), 150
+steps of 4 sequences, two seeds: behind blocks 2, 3, 4 and 5 it says the held-out text in 3.59, 2.48, 1.99 and 1.57 nats
+a token; before 6.90, 3.72, 2.24 and 1.34; without the early-exit loss 5.99, 3.24, 2.10, 1.52; without dropping 3.76,
+2.51, 2.00, 1.54. With three blocks drafting four tokens, 0.51 full passes a token, before 0.76 (0.69 and 0.54 without
+the one and the other). The early-exit loss does nearly all of it, and the last block pays. On docs-lm, 1e4 to 5e4
+tokens of training are too few for any judged improvement.
 """
 
 from __future__ import annotations

@@ -18,10 +18,11 @@ The figure to distrust is the share of wrong samples that some chain corrects: o
 many chains. Beside it stands the same search for a *drawn* token out of the ten that the network finds likeliest, the
 right one left out; what the search finds for that is luck. And beside the tree search stand as many drawn chains.
 
-Source: "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996. The constants c,
-k and r are from memory of it; kept states, the pace at which nodes get actions and where length has a price are ours. lam = 0.5 and not 3, which
-is from memory too: by 3 a short wrong chain outweighs a right one, and on four blocks the search then missed the
-shortest right chain that it finds by 0.5. An oracle's figure: choosing the chain needs the answer.
+Source: "Skip a Layer or Loop it? Test-Time Depth Adaptation of Pretrained LLMs", arXiv 2507.07996. The constants c, k
+and r are from memory of it; kept states, the pace at which nodes get actions and where length has a price are ours.
+lam = 0.5 and not 3, which is from memory too: by 3 a short wrong chain outweighs a right one, and on four blocks the
+search then missed the shortest right chain that it finds by 0.5. An oracle's figure: choosing the chain needs the
+answer.
 
 MEASURED_COLA
 """
