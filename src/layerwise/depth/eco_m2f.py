@@ -15,7 +15,10 @@ mask decoder behind it, quality by panoptic quality. Completion of ours: encoder
 quality is minus the loss to what the whole network said; weights of the exits that rise with depth; one hidden layer in
 the gate. ``gate=shuffled`` trains it on depths handed to the wrong texts: the ablation.
 
-MEASURED_ECO
+Measured on a small classifier of six blocks that learned from labels (40 % of held-out texts wrong), 50 steps on 300
+other texts, two seeds, beta 0.02: 1.07 blocks a text, KL to the network as it came 0.0043; the same depths handed to
+other texts 0.0053, a gate taught shuffled depths 0.0050, one block as it came 0.0118. The direction is the paper's; the
+differences are within the spread over the seeds (0.0013), and this classifier hardly needs depth.
 """
 
 from __future__ import annotations

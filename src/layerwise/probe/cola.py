@@ -24,7 +24,10 @@ lam = 0.5 and not 3, which is from memory too: by 3 a short wrong chain outweigh
 search then missed the shortest right chain that it finds by 0.5. An oracle's figure: choosing the chain needs the
 answer.
 
-MEASURED_COLA
+Measured on docs-lm, 40 texts of two seeds, 50 simulations each: where the network is right, the shortest right chain
+found is 0.66 of its length, and no shorter one is among as many drawn chains, which mostly repeat. Where it is wrong,
+the tree search found no right chain, drawn chains did for 44 % and the search for a drawn likely token for 25 %: with so
+few simulations the tree does not get to the long repeats, and a quarter of what a search corrects is luck.
 """
 
 from __future__ import annotations
