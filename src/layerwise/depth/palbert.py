@@ -17,9 +17,9 @@ takes the state of the block before away from the head: the ablation of the pape
 
 Measured on a small classifier of six blocks that learned from labels (40 % of held-out texts wrong), 50 steps on 300
 other texts, two seeds: 2.4 blocks a text. KL to the network as it came 0.0037; exits drawn from p 0.0046 in 2.9 blocks;
-the first two blocks as they came 0.0076; without the state before 0.0039. But the same depths handed to other texts give
-0.0036: what trained exits are worth is shown, that this classifier's texts need different depths is not, and all these
-differences are within the spread over the seeds (0.0026).
+the first two blocks as they came 0.0076; without the state before 0.0039. But the same depths handed to other texts
+give 0.0036: that trained exits are worth something is seen, that this classifier's texts need different depths is not,
+and all but the first blocks' difference are within the spread over the seeds (0.0026).
 """
 
 from __future__ import annotations

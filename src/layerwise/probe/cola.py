@@ -26,8 +26,8 @@ answer.
 
 Measured on docs-lm, 40 texts of two seeds, 50 simulations each: where the network is right, the shortest right chain
 found is 0.66 of its length, and no shorter one is among as many drawn chains, which mostly repeat. Where it is wrong,
-the tree search found no right chain, drawn chains did for 44 % and the search for a drawn likely token for 25 %: with so
-few simulations the tree does not get to the long repeats, and a quarter of what a search corrects is luck.
+the tree search found no right chain, drawn chains did for 44 %, and the search for a drawn likely token for 25 %: with
+so few simulations the tree does not get to the long repeats, and what a search corrects may well be luck.
 """
 
 from __future__ import annotations

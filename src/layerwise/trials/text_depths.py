@@ -40,6 +40,7 @@ WRONG = "share of held-out texts classified wrong"
 RUN = "blocks run a text, over the network's"
 APART = "held-out KL to the network as it came"
 METRICS = (WRONG, APART, RUN)
+SHORTER = "as many of the first blocks as they came"
 CODE = re.compile(r"^\s*(def|class|import|from|return|self\.|if .*:$|else:$|for .*:$|elif|raise|@)")
 
 
@@ -94,7 +95,7 @@ def text_depth_trials(ground: Ground, technique: str, study: Study = STUDY) -> l
                 others = list(mine.others)
                 kept = max(1, round(mine.figures[-1] * study.blocks))
                 short = quality(shortened(came, kept), batches, aims)
-                others.append((f"the first {kept} blocks as they came", (*short, kept / study.blocks)))
+                others.append((SHORTER, (*short, kept / study.blocks)))
                 for rival in asked.rivals:
                     others.append((rival, measured(ground, rival, calibration, batches, aims, study).figures))
                 size = 2 * sum(p.numel() for p in came.parameters())
@@ -102,7 +103,7 @@ def text_depth_trials(ground: Ground, technique: str, study: Study = STUDY) -> l
                 trials += [
                     Trial(
                         Side(setting, size + mine.added, None),
-                        Side(said, size, None),
+                        Side(said, size if said == SHORTER else size + mine.added, None),
                         Figures(metric, value, other, network=where),
                     )
                     for said, figures in others
