@@ -86,9 +86,10 @@ format: $(VENV)/.dev  ## rewrite the files in the house format
 
 # The figures of docs/measured.md take longer; the commands stand there.
 BENCH_SETTINGS := examples/docs-lm --sequences 32 --length 128
-bench: $(VENV)/.dev  ## planner, start-up time, and quality and prediction on the small language model
+bench: $(VENV)/.dev  ## planner, start-up time, speed, and quality and prediction on the small language model
 	$(BIN)/python benchmarks/solver.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/quality.py $(BENCH_SETTINGS) --bits 4 3 --seeds 0 --json build/bench/quality.json
 	$(BIN)/python benchmarks/prediction.py $(BENCH_SETTINGS) --pairs 60 --json build/bench/prediction.json
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -45,14 +46,19 @@ class BuildKernels(build_ext):
             raise CompileError("the kernels are built with a compiler that takes the options of GCC and Clang")
         common = COMMON + (["-DLAYERWISE_X86"] if X86 else [])
         sanitize = SANITIZE if os.environ.get("LAYERWISE_SANITIZE") else []
-        objects: list[str] = []
-        for source in ext.sources:
+
+        def compiled(source: str) -> list[str]:
             name = Path(source).name
             checked = sanitize + (UNDEFINED if sanitize and name not in FLAGS else [])
             flags = common + FLAGS.get(name, []) + checked
-            objects += self.compiler.compile(
+            found = self.compiler.compile(
                 [source], output_dir=self.build_temp, extra_postargs=flags, depends=ext.depends
             )
+            return list(found)
+
+        # Two compilers at a time: the loops of an instruction set take most of a minute each.
+        with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+            objects = [path for found in pool.map(compiled, ext.sources) for path in found]
         libraries = ["dl", "pthread"] if sys.platform == "linux" else []
         self.compiler.link_shared_object(
             objects,

@@ -1,6 +1,6 @@
 """How fast text is generated: drafts against plain decoding, and plain decoding against a bare forward pass.
 
-    python benchmarks/decoding_speed.py [NETWORK] [--methods self_speculative …] [--prompts 200] [--tokens 128]
+    python benchmarks/decoding_speed.py [NETWORK] [--methods self_speculative eagle …] [--prompts 200] [--tokens 128]
     python benchmarks/decoding_speed.py --random 768 12 32000     a random LLaMA: width, blocks, words; overhead only
 
 - *lossless*: every prompt by plain greedy decoding and by each method, token for token. In float32 a pass over several
@@ -12,6 +12,9 @@
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
   with transformers' cache and a known token, medians of rounds in turn.
 
+A method that learns (``eagle``) and was given nothing is fitted first, on the calibration text that suits the network;
+``eagle:head=DIR`` takes a head that is there.
+
 Acceptance is a property of trained weights: a random network's drafts agree with it by chance, so ``--random`` measures
 overhead only.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +38,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import default_network, default_texts
 from benchmarks.tables import Table, add_output_options, publish
 
+from layerwise.calibrate.text import read_text
+from layerwise.cli.shared import Bar
+from layerwise.engine.progress import Stopwatch
+from layerwise.fitting import run_of_tokens
 from layerwise.generate.network import CausalNetwork, causal_network
 from layerwise.generate.wanted import Wanted, silent
-from layerwise.generating import open_speaker
+from layerwise.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 
 ROWS_AT_ONCE = 20  # of plain decoding, where only its tokens are wanted
@@ -73,8 +81,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, network = Path(given.network).resolve().name, speaker.network
         prompts = windows(speaker.tokenizer, given.evaluate or default_texts(given.network)[1], given)
     if prompts:
-        lossless = [compare(network, prompts, method, given.tokens) for method in given.methods]
-        speed = speeds(network, prompts[: given.timed], given.methods, given.tokens)
+        with tempfile.TemporaryDirectory() as scratch:
+            methods = [fitted(method, speaker, given, Path(scratch)) for method in given.methods]
+            lossless = [compare(network, prompts, method, given.tokens) for method in methods]
+            speed = speeds(network, prompts[: given.timed], methods, given.tokens)
+        labels = dict(zip(methods, given.methods, strict=True))
+        for row in (*lossless, *speed):
+            row["method"] = labels.get(row["method"], row["method"])
         tables += [
             Table.of(f"{name}: greedy text against plain decoding's", lossless),
             Table.of(f"{name}: speed", speed),
@@ -104,6 +117,17 @@ def windows(tokenizer: Any, text: str, given: argparse.Namespace) -> list[list[i
     tokens = tokenizer(Path(text).read_text(encoding="utf-8"))["input_ids"]
     step = (len(tokens) - given.prompt_tokens) // given.prompts
     return [tokens[i * step : i * step + given.prompt_tokens] for i in range(given.prompts)]
+
+
+def fitted(method: str, speaker: Speaker, given: argparse.Namespace, scratch: Path) -> str:
+    """The setting to generate with; a method that has something to learn and was given nothing learns it now."""
+    asked = parse_generator(method)
+    if not asked.learns or getattr(asked, "head", "") or getattr(asked, "heads", ""):
+        return method
+    folder = scratch / str(len(list(scratch.iterdir())))
+    folder.mkdir()
+    tokens = run_of_tokens(speaker, list(read_text(default_texts(given.network)[0]).lines))
+    return str(asked.learn(speaker.network, tokens, folder, 0, Stopwatch(Bar(quiet=False))))
 
 
 # ---------------------------------------------------------------- the same tokens

@@ -40,9 +40,9 @@ def test_what_rounding_loses_is_none_where_nothing_changed_and_grows(
     stored, network = open_artifact(out), open_network(out)
     site = "model.layers.0.mlp.gate_proj"
     before, after = loss_of_rounding(network, {site: lambda: stored.encoded(site)}, str(sentences))
-    assert before["kl"] == after["kl"] == 0
+    assert before["kl"] == 0 and after["kl"] < 1e-6
     _, worse = loss_of_rounding(network, {site: lambda: rounded(stored.encoded(site), "Q4_0")}, str(sentences))
-    assert worse["kl"] > 0
+    assert worse["kl"] > 10 * after["kl"]
 
 
 def test_a_format_that_is_not_there(tiny_llama: Path, tmp_path: Path):

@@ -57,6 +57,7 @@ WIDENED: dict[str, frozenset[str]] = {
     # rounding with error feedback, for factors and for what they leave over; a surgeon says how far it is
     "factorize": frozenset({"quantize", "engine"}),
     **dict.fromkeys(("prune", "depth"), frozenset({"engine"})),  # surgeons of whole networks say how far they are
+    "generate": frozenset({"engine"}),  # a method that learns says how far it is
     "evaluate": frozenset({"loss", "calibrate"}),  # the same loss and batches that were calibrated on
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.

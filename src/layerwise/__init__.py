@@ -34,6 +34,7 @@ ACTS = {
     "save": ("layerwise.acts", "save"),
     "compress": ("layerwise.acts", "compress"),
     "generate": ("layerwise.generating", "continued"),
+    "searched": ("layerwise.nas.network", "load_searched"),
 }
 """Public name -> where its function lives."""
 

@@ -45,6 +45,7 @@ from layerwise.evaluate.artifact import ArtifactQuality, evaluate_artifact, eval
 from layerwise.images import Given, images_at_once, positions_of
 from layerwise.kept import Candidates, overlay, rebuilt, with_removals
 from layerwise.loss import loss_of_network
+from layerwise.nas.network import is_searched, load_searched
 from layerwise.network.artifact import open_artifact, staged
 from layerwise.network.module import ModuleNetwork, batches_of_inputs, inputs_of, open_module
 from layerwise.network.network import Network, open_network, reads_images
@@ -78,13 +79,17 @@ class Compressed:
 def open_any(source: str | Path | nn.Module, batches: Any = None, dtype: str = "auto") -> Network:
     """Open a checkpoint directory or hub id, or any module that maps ``[n, ...]`` floats to scores ``[n, classes]``.
 
+    A folder that ``layerwise search`` wrote is opened with images, as the module that it holds.
+
     batches: inputs of a module: a tensor ``[n, ...]``, a pair with labels ``[n]``, or an iterable of either.
     dtype:   of what is not encoded: auto, float16 or bfloat16.
     """
     from torch import nn
 
     if not isinstance(source, nn.Module):
-        return open_network(source, dtype)
+        if not is_searched(source):
+            return open_network(source, dtype)
+        source = load_searched(source)
     if batches is None:
         raise InputError("a module is opened with its inputs: layerwise.open(module, batches)")
     return open_module(source, batches, dtype)

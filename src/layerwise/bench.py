@@ -11,7 +11,7 @@ import os
 import shlex
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -25,7 +25,17 @@ from layerwise.evaluate.compare import compare
 from layerwise.evidence.rows import Baseline, Evidence, Row
 from layerwise.prepare import Options
 from layerwise.recipe import parse_technique
-from layerwise.roles import ActivationQuantizer, Blueprint, Distiller, Generator, NetworkRewrite, NetworkSurgeon, Probe
+from layerwise.roles import (
+    ActivationQuantizer,
+    Blueprint,
+    Distiller,
+    Generator,
+    NetworkRewrite,
+    NetworkSurgeon,
+    Probe,
+    Search,
+    Sparsifier,
+)
 from layerwise.technique import Technique, find
 from layerwise.trials.activations import activation_trials
 from layerwise.trials.blueprints import blueprint_trials
@@ -36,6 +46,8 @@ from layerwise.trials.generators import generator_trials
 from layerwise.trials.network_rewrites import accepts, network_rewrite_trials
 from layerwise.trials.network_surgeons import network_surgeon_trials
 from layerwise.trials.probes import probe_trials
+from layerwise.trials.searches import check_files, search_trials
+from layerwise.trials.sparsifiers import sparsifier_trials
 from layerwise.wanted import wanted_of
 
 ROLES = {
@@ -47,6 +59,13 @@ ROLES = {
     Blueprint.role: blueprint_trials,
     Generator.role: generator_trials,
     Distiller.role: distiller_trials,
+}
+# What brings networks of its own -> (asked, seed, progress) -> (trials, what they were measured on)
+GROUNDLESS: dict[str, Callable[[Bench, int, Stopwatch], tuple[list[Trial], str]]] = {
+    Sparsifier.role: lambda asked, seed, watch: (sparsifier_trials(asked.technique, seed, watch.stage), ""),
+    Search.role: lambda asked, seed, watch: search_trials(
+        asked.technique, asked.calibrate or "", asked.evaluate or "", seed, watch
+    ),
 }
 NETWORKS = ("docs-lm", "docs-gpt2")  # the first that a technique accepts
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"  # in a source checkout
@@ -98,6 +117,12 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     values: dict[int, list[tuple[Trial, float, float]]] = {}  # trial -> (trial, its value, the baseline's), by seed
     network = metric = data = ""
     for seed in asked.seeds:
+        if technique.role in GROUNDLESS:
+            trials, data = GROUNDLESS[technique.role](asked, seed, Stopwatch(progress))
+            for place, trial in enumerate(trials):
+                assert trial.figures is not None
+                values.setdefault(place, []).append((trial, trial.figures.setting, trial.figures.baseline))
+            continue
         with ground_of(asked, seed, progress) as ground:
             trials = ROLES[technique.role](ground, asked.technique)
             scores = measured(ground, trials)
@@ -113,7 +138,7 @@ def bench(asked: Bench, progress: Progress | None = None) -> Evidence:
     rows = tuple(
         Row(
             network=(found[0][0].figures.network if found[0][0].figures else "") or network,
-            data=data,
+            data=(found[0][0].figures.data if found[0][0].figures else "") or data,
             metric=found[0][0].figures.metric if found[0][0].figures else metric,
             setting=found[0][0].setting.recipe,
             bytes=max(trial.setting.bytes for trial, _, _ in found),
@@ -149,13 +174,21 @@ def check(asked: Bench) -> type[Technique]:
         )
     technique = find(asked.technique.partition(":")[0])
     parse_technique(asked.technique)
-    if technique.role not in ROLES:
+    known = {**ROLES, **GROUNDLESS}
+    if technique.role not in known:
         article = "an" if technique.role[0] in "aeiou" else "a"
         raise InputError(
             f"{technique.name} is {article} {technique.role}, which bench cannot measure; "
-            f"it measures techniques of the roles {', '.join(ROLES)}"
+            f"it measures techniques of the roles {', '.join(known)}"
         )
     given = [asked.network, asked.calibrate, asked.evaluate]
+    if technique.role == Search.role:
+        check_files(*given)
+        return technique
+    if technique.role in GROUNDLESS:
+        if any(given):
+            raise InputError(f"{technique.name} is measured on networks of its own; leave out --network and its texts")
+        return technique
     if any(given) and not all(given):
         raise InputError("give --network, --calibrate and --evaluate together, or none of them for the example network")
     if not any(given):

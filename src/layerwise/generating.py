@@ -17,6 +17,7 @@ import torch
 from layerwise.errors import InputError
 from layerwise.generate.choice import Choice
 from layerwise.generate.network import CausalNetwork, causal_network
+from layerwise.generate.streamed import open_streamed
 from layerwise.generate.wanted import Generation, Wanted, check_prompts, silent
 from layerwise.network.artifact import open_artifact
 from layerwise.network.load import load
@@ -46,8 +47,13 @@ class Speaker:
         return found
 
 
-def open_speaker(source: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None) -> Speaker:
-    """Open a checkpoint, an artifact or a hub id. Raises ``InputError`` for what generates no text."""
+def open_speaker(
+    source: str, dtype: str = "auto", device: str = "cpu", threads: int | None = None, streamed: bool = False
+) -> Speaker:
+    """Open a checkpoint, an artifact or a hub id. Raises ``InputError`` for what generates no text.
+
+    streamed: leave the blocks of a dense checkpoint on disk, from where they are read as they run.
+    """
     if threads is not None:
         if threads < 1:
             raise InputError(f"--threads must be at least 1, not {threads}")
@@ -56,6 +62,11 @@ def open_speaker(source: str, dtype: str = "auto", device: str = "cpu", threads:
     check_generates(artifact.checkpoint.architecture)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
+    if streamed:
+        if artifact.sites or device != "cpu":
+            raise InputError("blocks are streamed from dense checkpoints to the CPU; layerwise export makes one of OUT")
+        network, _ = open_streamed(source, DTYPES.get(dtype))
+        return Speaker(network, tokenizer_of(artifact.directory))
     with _quiet():
         module = load(source, DTYPES.get(dtype), device)
         if dtype == "auto" and device == "cpu" and _computes_in(module) == torch.float16:
@@ -129,18 +140,27 @@ class Asked:
 
 
 def generate(
-    speaker: Speaker, prompts: Sequence[str], asked: Asked, show: Callable[[int, str], None] | None = None
+    speaker: Speaker,
+    prompts: Sequence[str],
+    asked: Asked,
+    show: Callable[[int, str], None] | None = None,
+    context: str = "",
 ) -> Generation:
-    """Continue prompts; ``show`` is told of new text of each as soon as it is certain."""
-    tokens = [speaker.tokens(prompt) for prompt in prompts]
+    """Continue prompts; ``show`` is told of new text of each as soon as it is certain.
+
+    context: stands before every prompt, joined by a newline; methods that contrast also read the prompt without it.
+    """
+    tokens = [speaker.tokens(f"{context}\n{prompt}" if context else prompt) for prompt in prompts]
+    bare = tuple(tuple(speaker.tokens(prompt)) for prompt in prompts) if context else ()
     check_prompts(speaker.network, tokens)
+    check_prompts(speaker.network, bare or tokens)
     pieces = [Pieces(speaker) for _ in prompts]
 
     def emit(row: int, new: Sequence[int]) -> None:
         if show is not None and (said := pieces[row].add(new)):
             show(row, said)
 
-    wanted = asked.fitting(speaker.network.longest - max(map(len, tokens)))
+    wanted = replace(asked.fitting(speaker.network.longest - max(map(len, tokens))), bare=bare)
     found = asked.generator.generate(speaker.network, tokens, wanted, emit if show else silent)
     for row, piece in enumerate(pieces):
         if show is not None and (said := piece.add((), last=True)):

@@ -21,6 +21,8 @@ from layerwise.roles import (
     NetworkSurgeon,
     Probe,
     Rewrite,
+    Search,
+    Sparsifier,
     Surgeon,
     Tuner,
 )
@@ -153,6 +155,16 @@ def parse_generator(text: str) -> Generator:
 def parse_distiller(text: str) -> Distiller:
     """``ted:steps=400`` -> a distiller; another kind of technique, or none, names the distillers there are."""
     return _of_role(text, Distiller, "the distiller", "distils nothing", "the distillers are {}")  # type: ignore[type-abstract]
+
+
+def parse_sparsifier(text: str) -> Sparsifier:
+    """``ssvi:density=0.05`` -> a sparsifier; another kind of technique, or none, names the sparsifiers there are."""
+    return _of_role(text, Sparsifier, "the sparsifier", "does not train while it prunes", "the sparsifiers are {}")  # type: ignore[type-abstract]
+
+
+def parse_search(text: str) -> Search:
+    """``neas:members=3`` -> a search; another kind of technique, or none, names the searches there are."""
+    return _of_role(text, Search, "the search", "searches no architecture", "the searches are {}")  # type: ignore[type-abstract]
 
 
 def _read(owner: str, field: dataclasses.Field[Any], text: str) -> Any:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 from layerwise.technique import Technique
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
     from torch.nn import Module
     from torch.optim import Optimizer
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     from layerwise.engine.progress import Progress
     from layerwise.generate.network import CausalNetwork
     from layerwise.generate.wanted import Emit, Generation, Wanted
+    from layerwise.nas.task import Found, Task
     from layerwise.network.folds import BlockScope
     from layerwise.network.network import Network
     from layerwise.plan.measures import Measures
     from layerwise.plan.tree import Allocation, Node
     from layerwise.probe.measurement import Measurement
+    from layerwise.prune.sparsified import Examples, Sparsified
     from layerwise.tune.scope import Tuned, TunedScope
 
 
@@ -260,10 +264,23 @@ class Generator(Technique):
 
     lossless: greedily it gives the tokens of plain greedy decoding, and drawn ones come from the network's own
               distribution; False for a method that changes what is said.
+    learns:   it has to learn something about the network from text first (``layerwise fit``).
+    streams:  it reads blocks from disk as it goes, and is best given a network whose blocks are not in memory.
+    judged_by: what ``layerwise bench`` measures: ``speed``, what it makes of ``context``, or the ``next`` token.
     """
 
     role = "generator"
     lossless: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
+    streams: ClassVar[bool] = False
+    judged_by: ClassVar[str] = "speed"
+
+    def learn(self, network: CausalNetwork, tokens: Tensor, folder: Path, seed: int, progress: Progress) -> Generator:
+        """Itself, set to what it learned from a run of tokens, int64 [n]; files that it needs go into ``folder``.
+
+        The same network, tokens and seed give the same files.
+        """
+        return self
 
     @abstractmethod
     def generate(
@@ -293,3 +310,43 @@ class Distiller(Technique):
     @abstractmethod
     def check(self, lesson: Lesson) -> None:
         """``InputError`` where the lesson is of a kind, or of widths, that the method does not take."""
+
+
+class Sparsifier(Technique):
+    """A module in memory and examples in, a copy with weights at zero, or a smaller module, out: pruning that trains.
+
+    The given module stays as it is. Where a mask is false the result's weight is exactly zero; zero steps give the
+    given values; a seed decides everything. What is stored is counted with the masks (``Sparsified.nbytes``).
+    rivals: options under which the same file prunes by what the paper holds its method against, or without its idea.
+    study: what ``bench`` measures it on, see ``trials/sparsifiers.py``.
+    """
+
+    role = "sparsifier"
+    rivals: ClassVar[tuple[str, ...]] = ()
+    study: ClassVar[str]
+    steps: int
+
+    @abstractmethod
+    def sparsify(self, examples: Examples) -> Sparsified:
+        """Prune and train a copy of ``examples.module``."""
+
+    @abstractmethod
+    def check(self, examples: Examples) -> None:
+        """``InputError`` where the module or the examples are of a kind that the method does not take."""
+
+
+class Search(Technique):
+    """A space of architectures, labelled images and a budget in; the architecture found and its trained network out.
+
+    All searches are charged by one rule (``nas/task.py``) and none spends more than the budget, its network's own
+    training included. Weights are trained on the training images alone, the choice is made on the validation images,
+    the network is within the limit of parameters, and a seed decides everything.
+    rivals: settings it is held against at the same cost, by ``bench``.
+    """
+
+    role = "search"
+    rivals: ClassVar[tuple[str, ...]] = ("random_search",)
+
+    @abstractmethod
+    def search_in(self, task: Task) -> Found:
+        """Search ``task.space``; ``task`` is left as it was."""

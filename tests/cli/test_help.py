@@ -29,10 +29,12 @@ VERBS = (
     "probe",
     "train",
     "tune",
+    "fit",
     "doctor",
     "reshape",
     "depth",
     "generate",
+    "search",
 )
 
 
@@ -88,7 +90,7 @@ def test_every_option_says_what_it_does(words: str, option: Any) -> None:
 def test_every_table_can_be_had_as_json() -> None:
     prints_tables = {
         "compress", "inspect", "calibrate", "evaluate", "report", "plan make", "plan show", "plan diff", "compare",
-        "bench", "papers", "probe", "reshape", "train", "tune", "doctor", "generate", "depth",
+        "bench", "papers", "probe", "reshape", "train", "tune", "doctor", "generate", "depth", "search", "fit",
     }  # fmt: skip
     with_json = {words for words, option in OPTIONS if "--json" in option.opts}
     assert prints_tables == with_json

@@ -154,7 +154,7 @@ def test_fused_sites_of_two_formats_are_refused_for_vllm(tiny_llama: Path, tmp_p
 
 def test_other_engines_and_tables_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     out = packed(tiny_llama, tmp_path / "out", {"embed": SYMMETRIC}, kinds=("table",))
-    with pytest.raises(InputError, match=r"embed_tokens has 4 bits .* takes at 16 bits only"):
+    with pytest.raises(InputError, match=r"embed_tokens has 4 bits .* takes this site at 16 bits only"):
         export_compressed_tensors(out, tmp_path / "ct")
     with pytest.raises(InputError, match="does not load compressed-tensors; export for it with --to gguf"):
         export_compressed_tensors(out, tmp_path / "ct", target="llama.cpp")

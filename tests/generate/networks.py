@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerwise.engine.progress import Stopwatch
 from layerwise.generate.choice import Chooser
 from layerwise.generate.network import CausalNetwork, causal_network
 from layerwise.generate.session import Session
 from layerwise.generate.speculation import Proposal
+from layerwise.recipe import parse_generator
+from layerwise.roles import Generator
 
 WORDS = 41
 STOP = 1
@@ -46,6 +51,22 @@ def network(kind: str, blocks: int = 4, words: int = WORDS) -> CausalNetwork:
         torch.manual_seed(5)
         made = cls(config).double().eval().requires_grad_(False)
     return causal_network(made)
+
+
+BRIEFLY = {"steps": 2, "batch": 2, "length": 16, "windows": 6}
+LEARNED = tempfile.TemporaryDirectory(prefix="layerwise-")  # removed when the tests end
+
+
+@cache
+def ready(setting: str, kind: str = "llama") -> Generator:
+    """A generator that has learned, briefly and from random tokens, what it must about a random network."""
+    found = parse_generator(setting)
+    if not found.learns:
+        return found
+    brief = {f.name: BRIEFLY[f.name] for f in fields(found) if f.name in BRIEFLY}  # type: ignore[arg-type]
+    folder = Path(tempfile.mkdtemp(dir=LEARNED.name))
+    tokens = torch.randint(2, WORDS, (200,), generator=torch.Generator().manual_seed(1))
+    return replace(found, **brief).learn(network(kind), tokens, folder, 0, Stopwatch())  # type: ignore[type-var]
 
 
 def prompts(count: int = 3, seed: int = 0, longest: int = 12) -> list[list[int]]:

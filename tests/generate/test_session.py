@@ -60,34 +60,6 @@ def test_what_was_rolled_back_leaves_no_trace(kind: str) -> None:
         session.rollback([41])
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_tree_of_drafts_in_one_pass(kind: str) -> None:
-    """Two branches behind one token: each sees itself and the text, and the one that is kept is as if it were alone."""
-    net, prompt = network(kind), prompts(1, seed=45)[0]
-    n, tokens, parents = len(prompt), [3, 4, 5, 6], [None, 0, 0, 2]  # 3 -> 4 and 3 -> 5 -> 6
-    depth = [0, 1, 1, 2]
-    sees = torch.zeros(1, 1, 4, n + 4, dtype=torch.bool)
-    sees[..., :n] = True
-    for place in range(4):
-        at: int | None = place
-        while at is not None:
-            sees[0, 0, place, n + at] = True
-            at = parents[at]
-    with torch.inference_mode():
-        session = net.session(1, 40)
-        session.prefill([prompt])
-        places = torch.tensor([[n + d for d in depth]])
-        hidden = session.embed(torch.tensor([tokens]), [n], places)
-        found = session.scores(session.run(hidden, range(4), [n], places, sees))[0]
-        session.keep([n, n + 2, n + 3])
-        after = session.full(torch.tensor([[11]]))[0, 0]
-    for branch, places_of in (([3, 4], (0, 1)), ([3, 5, 6], (0, 2, 3))):
-        own = own_scores(kind, [*prompt, *branch])[n:]
-        assert float((found[list(places_of)] - own).abs().max()) <= 1e-10
-    assert session.lengths == [n + 4]
-    assert float((after - own_scores(kind, [*prompt, 3, 5, 6, 11])[-1]).abs().max()) <= 1e-10
-
-
 def test_hidden_states_at_every_exit() -> None:
     net, given = network("llama"), prompts(2, seed=46)
     seen: list[torch.Tensor] = []

@@ -65,6 +65,7 @@ def test_bench_prints_a_row_for_every_form_shape_and_batch(monkeypatch: pytest.M
     rows = json.loads(done.stdout)["rows"]
     assert len(rows) == 2 * 2 * 3  # float and int8 activations of one form, float ones of the other
     assert all(row["microseconds"] > 0 and row["share"] > 0 and row["over_fp32"] > 0 for row in rows)
+    assert all((row["of_dots"] > 0) == (row["form"] == "int4") for row in rows)
     assert "64 x 128" in CliRunner().invoke(app, asked).output
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.kernels.test_products import codebook, integer, ternary
 
 from layerwise.encoding.forms import restore_form
-from layerwise.encoding.repacked import canonical, repack
+from layerwise.encoding.repacked import canonical, packed_matrix
 from layerwise.errors import InputError
 from layerwise.kernels.library import paths, why_absent
 from layerwise.kernels.matrix import Canonical, PackedMatrix
@@ -54,7 +54,7 @@ def test_a_damaged_form_is_refused_or_multiplies(
         form = restore_form(spec, tensors)
     except InputError:
         return
-    matrix = repack(form)
+    matrix = packed_matrix(form)
     if matrix is not None:
         x = torch.ones(2, form.shape[1])
         for path in paths():

@@ -13,7 +13,7 @@ from layerwise.encoding.codebook import LEVELS, Codebook, fit_codebook, nearest_
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import packed_matrix
 from layerwise.encoding.scales import Scales, groups_of
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import library, paths, why_absent
@@ -55,7 +55,7 @@ def codebook(rows: int, columns: int, name: str, scale_bits: int) -> Codebook:
 
 
 def packed(form: Encoded) -> PackedMatrix:
-    found = repack(form)
+    found = packed_matrix(form)
     assert found is not None
     return found
 
@@ -118,6 +118,25 @@ def test_int8_activations_cost_less_than_a_hundredth(bits: int):
         assert float((found - exact).norm() / exact.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 3, 20])
+def test_products_have_the_same_bits_on_every_path(dtype: torch.dtype, tokens: int):
+    matrix, x = packed(integer(40, 300, 4, 64, float_zero=True)), normal(tokens, 300).to(dtype)
+    found = [matrix.multiply(x, path=path) for path in paths()]
+    assert all(torch.equal(found[0], other) for other in found) and found[0].dtype == dtype
+
+
+def test_values_far_smaller_than_the_largest_of_their_block_are_kept_to_its_step():
+    form = integer(20, 128, 4, 64, symmetric=True)
+    x = normal(1, 128) * 1e-4
+    x[0, 5], x[0, 70] = 1000.0, -1000.0
+    exact = x.double() @ form.decode().double().T
+    step = 1000 / 8355711
+    for path in paths():
+        error = (packed(form).multiply(x, path=path) - exact).abs()
+        assert bool((error <= form.decode().abs().sum(1) * step + 1e-6 * exact.abs()).all())
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_hot_inputs_show_every_code(bits: int):
     form = integer(21, 70, bits, 16)
@@ -174,6 +193,71 @@ def test_results_do_not_depend_on_threads():
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["whole zeros", "symmetric", "float zeros"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_many_tokens_are_each_as_they_are_alone(bits: int, kind: str):
+    """Whatever else is in a batch, a token's result has the same bits: it is added up in the same order."""
+    matrix = packed(integer(40, 100, bits, 32, **KINDS[kind]))  # type: ignore[arg-type]
+    for count in (9, 12, 33, 97, 205):  # one round of a panel and several, whole and with rests
+        x = normal(count, 100, seed=count)
+        for path in paths():
+            for int8 in (True, False):
+                if count >= 128 and not int8 and path != "avx512":
+                    continue  # torch multiplies decoded panels there, in an order of its own
+                together = matrix.multiply(x, int8=int8, path=path)
+                for token in (0, 7, 8, count - 1):
+                    alone = matrix.multiply(x[token : token + 1], int8=int8, path=path)
+                    assert torch.equal(together[token : token + 1], alone), (path, count, token)
+
+
+def test_many_tokens_of_more_blocks_than_are_kept():
+    form = integer(33, 30 * 8, 4, 8)  # 30 blocks
+    check(form, tokens=(100, 200))
+    check(ternary(33, 300, 20, 2), tokens=(100,))
+    matrix, x = packed(form), normal(200, 240)
+    expected = matrix.multiply(x, int8=True)
+    assert all(torch.equal(matrix.multiply(x, int8=True, path=path), expected) for path in paths())
+
+
+def test_many_tokens_do_not_depend_on_threads():
+    matrix, x = packed(integer(200, 256, 4, 64)), normal(130, 256)
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append([matrix.multiply(x, int8=True, path=path) for path in paths()])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0][0], one) for several in found for one in several)
+
+
+@pytest.mark.parametrize("form", ["integer", "factors", "codebook", "ternary"])
+def test_a_bias_is_the_same_sum(form: str):
+    made: dict[str, Encoded] = {
+        "integer": integer(35, 96, 4, 32),
+        "factors": integer(35, 96, 4, 32, scale_bits=8),
+        "codebook": codebook(35, 96, "nf4", 16),
+        "ternary": ternary(35, 96, 32, 2),
+    }
+    matrix, bias = packed(made[form]), normal(35, seed=9)
+    for count in (1, 5, 40, 140):
+        x = normal(count, 96)
+        for path in paths():
+            for int8 in (False, True) if form != "codebook" else (False,):
+                expected = matrix.multiply(x, int8=int8, path=path) + bias
+                assert torch.equal(matrix.multiply(x, int8=int8, path=path, bias=bias), expected), (path, count)
+
+
+@pytest.mark.parametrize("path", paths())
+def test_the_limit_of_large_batches_counts_its_products(path: str):
+    loaded = library()
+    assert loaded is not None
+    one = loaded.layerwise_dots(path.encode(), 10, 1)
+    assert one > 0 and one % 640 == 0 and loaded.layerwise_dots(path.encode(), 20, 2) in (2 * one, 4 * one)
+    assert loaded.layerwise_dots(b"neon", 10, 1) == 0
+
+
 @pytest.mark.parametrize("path", paths())
 def test_unaligned_and_strided_memory(path: str):
     form = integer(20, 64, 4, 32)
@@ -198,7 +282,7 @@ def test_nothing_is_touched_behind_the_ends(path: str, int8: bool):
     with guarded(70 * 4) as source, guarded(19 * 4) as target:
         ctypes.memmove(source.at, x.data_ptr(), 70 * 4)
         status = loaded.layerwise_multiply(
-            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, int(int8), 1
+            matrix._handle, path.encode(), source.at, 1, 70, target.at, 19, None, 1 if int8 else 3, 1
         )  # fmt: skip
         found = torch.frombuffer(bytearray(ctypes.string_at(target.at, 19 * 4)), dtype=torch.float32)
     assert status == 0 and torch.equal(found[None], matrix.multiply(x, int8=int8, path=path))
@@ -230,4 +314,4 @@ def test_wrong_inputs_are_refused():
         matrix.multiply(normal(2, 31))
     with pytest.raises(ValueError, match="no path"):
         matrix.multiply(normal(2, 32), path="neon")
-    assert repack(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies
+    assert packed_matrix(integer(8, 33, 4, 6)) is None  # a group that no lane holds: the reference multiplies

@@ -28,11 +28,15 @@ ENDINGS = (".safetensors", ".npz")
 
 @dataclass(frozen=True)
 class Images:
-    """``pixels`` ``[n, ...]`` float32 and ``labels`` ``[n]`` int64 or None, and where they come from."""
+    """``pixels`` ``[n, ...]`` float32 and ``labels`` ``[n]`` int64 or None, and where they come from.
+
+    raw: the pixels were bytes, and are still from 0 to 255.
+    """
 
     source: str
     pixels: Tensor
     labels: Tensor | None = None
+    raw: bool = False
 
     def take(self, index: Tensor) -> Images:
         return replace(
@@ -40,8 +44,11 @@ class Images:
         )  # fmt: skip
 
 
-def read_images(source: str) -> Images:
-    """Read a file of images. Raises ``InputError`` for another kind of file, and for one that does not hold them."""
+def read_images(source: str, raw: bool = False) -> Images:
+    """Read a file of images. Raises ``InputError`` for another kind of file, and for one that does not hold them.
+
+    raw: bytes ``[n, height, width]`` or ``[n, height, width, channels]`` are taken too, where the reader normalises.
+    """
     path = Path(source)
     if path.suffix not in ENDINGS:
         raise InputError(
@@ -54,6 +61,8 @@ def read_images(source: str) -> Images:
     pixels, labels = found.get("images"), found.get("labels")
     if pixels is None:
         raise InputError(f"{source} has no entry named images; it holds {', '.join(sorted(found)) or 'nothing'}")
+    if is_raw := raw and pixels.dtype == torch.uint8 and pixels.dim() in (3, 4):
+        pixels = (pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)).float()
     if pixels.dim() != 4 or not pixels.is_floating_point():
         raise InputError(
             f"images of {source} are {str(pixels.dtype).removeprefix('torch.')} {list(pixels.shape)}; they must be "
@@ -64,7 +73,18 @@ def read_images(source: str) -> Images:
     pixels = pixels.float().contiguous()
     if not bool(pixels.isfinite().all()):
         raise InputError(f"{source} holds images with values that are not finite")
-    return Images(source, pixels, None if labels is None else labels.to(torch.int64))
+    return Images(source, pixels, None if labels is None else labels.to(torch.int64), is_raw)
+
+
+def read_labels(source: str) -> Tensor:
+    """The labels ``[n]`` int64 of a file that may hold nothing else. Raises ``InputError`` as ``read_images`` does."""
+    path = Path(source)
+    if path.suffix not in ENDINGS or not path.is_file():
+        raise InputError(f"there is no .safetensors or .npz file {source} with labels")
+    labels = (_read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)).get("labels")
+    if labels is None or labels.dim() != 1 or labels.is_floating_point():
+        raise InputError(f"{source} must have an entry named labels, whole numbers [n]")
+    return labels.to(torch.int64)
 
 
 def _read_npz(path: Path) -> dict[str, Tensor]:

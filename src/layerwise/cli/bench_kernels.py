@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from layerwise.cli import shared
+
+if TYPE_CHECKING:
+    from layerwise.kernels.measure import PeerRow
 
 
 def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
@@ -23,17 +28,41 @@ def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
     shared.print_table(
         f"{found.processor}, path {found.path}, {found.threads} threads, torch {found.torch}; weights from memory: "
         f"a set of {found.set_bytes / 1e6:.0f} MB, last cache {cache}",
-        ("form", "activations", "matrix", "batch", "median µs", "±", "packed bytes", "of reading", "fp32 ×", "bf16 ×"),
+        (
+            "form", "activations", "matrix", "batch", "median µs", "±", "packed bytes", "of reading", "fp32 ×",
+            "bf16 ×", "best peer ×",
+        ),
         [
             (
                 row.form, row.activations, f"{row.rows} x {row.columns}", str(row.batch), f"{row.microseconds:.0f}",
                 f"{row.spread:.0f}", f"{row.bytes:,}", f"{row.share:.0%}", f"{row.over_fp32:.2f}",
-                f"{row.over_bf16:.2f}",
+                f"{row.over_bf16:.2f}", best(found.over_peers(row)),
             )
             for row in found.rows
         ],
-        numeric=(3, 4, 5, 6, 7, 8, 9),
+        numeric=(3, 4, 5, 6, 7, 8, 9, 10),
     )  # fmt: skip
+    if found.peers:
+        shared.print_table(
+            "other engines, in the same rounds: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()),
+            ("engine", "activations", "matrix", "batch", "median µs", "±"),
+            [
+                (peer.name, peer.activations, f"{peer.rows} x {peer.columns}", str(peer.batch), *peer_figures(peer))
+                for peer in found.peers
+            ],
+            numeric=(3, 4, 5),
+        )
+
+
+def best(ratios: dict[str, float]) -> str:
+    """The ratio to the fastest peer; empty without one."""
+    return f"{min(ratios.values()):.2f}" if ratios else ""
+
+
+def peer_figures(peer: PeerRow) -> tuple[str, str]:
+    if peer.microseconds is None or peer.spread is None:
+        return peer.absent, ""
+    return f"{peer.microseconds:.0f}", f"{peer.spread:.0f}"
 
 
 def numbers(text: str, count: int) -> list[tuple[int, ...]]:

@@ -26,6 +26,9 @@ def generate(
         Optional[str],  # noqa: UP045
         typer.Option("--prompts", metavar="FILE", help="A text file with a prompt a line."),
     ] = None,
+    context: Annotated[
+        str, typer.Option(metavar="TEXT", help="Stands before every prompt; adacad contrasts with it and without.")
+    ] = "",
     max_new_tokens: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="New tokens of a prompt at most; 128, or what the network has positions for."),
@@ -35,7 +38,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw among the likeliest tokens that make up this share.")] = 1.0,
     seed: shared.Seed = 0,
     method: Annotated[
-        str, typer.Option(metavar="NAME", help="How: plain, self_speculative or early_exit; options follow a colon.")
+        str,
+        typer.Option(
+            metavar="NAME", help="How: plain, self_speculative, early_exit, eagle, adacad, …; options follow a colon."
+        ),
     ] = "plain",
     kv_cache: Annotated[str, typer.Option(help="How keys and values are kept: 16 (as computed), int8 or int4.")] = "16",
     ignore_stop: Annotated[bool, typer.Option("--ignore-stop", help="Go on behind the end of a text.")] = False,
@@ -53,11 +59,11 @@ def generate(
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     if not texts:
         raise InputError("give --prompt TEXT, or --prompts FILE with a prompt a line")
-    speaker = open_speaker(network, dtype, device, threads)
+    speaker = open_speaker(network, dtype, device, threads, asked.generator.streams)
     streams = len(texts) == 1 and not json
     if streams:
         print(texts[0], end="", flush=True)
-    found = run(speaker, texts, asked, _show if streams else None)
+    found = run(speaker, texts, asked, _show if streams else None, context)
     if json:
         shared.print_json(as_json(speaker, texts, asked, found))
         return

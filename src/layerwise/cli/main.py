@@ -20,6 +20,7 @@ from layerwise.cli import (
     doctor,
     evaluate,
     export,
+    fit,
     generate,
     import_,
     inspect,
@@ -28,6 +29,7 @@ from layerwise.cli import (
     probe,
     report,
     reshape,
+    search,
     train,
     tune,
 )
@@ -58,7 +60,9 @@ app.command("compare")(compare.compare)
 app.command("bench")(bench.bench)
 app.command("reshape")(reshape.reshape)
 app.command("train")(train.train)
+app.command("search")(search.search)
 app.command("tune")(tune.tune)
+app.command("fit")(fit.fit)
 app.command("doctor")(doctor.doctor)
 
 

@@ -75,6 +75,16 @@ Target = Annotated[
 UNFOLDED = 240  # columns
 
 
+def whole_numbers(option: str, text: str) -> tuple[int, ...]:
+    """``16,32`` -> numbers."""
+    from layerwise.errors import InputError
+
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise InputError(f"--{option} must be whole numbers, such as 16,32, not {text!r}")
+    return tuple(map(int, words))
+
+
 def split_techniques(text: str | None) -> tuple[str, ...]:
     """``rtn,gptq:bits=3,group=64`` -> techniques; a comma after an option continues the options."""
     parts: list[str] = []

@@ -2,30 +2,102 @@
 
 Integers of 2 to 8 bits (symmetric, with whole and with float zeros), codebooks and ternary planes, with fp16 and 8-bit
 scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
-Every other form, and every form where the library is absent, multiplies through its reference (``Encoded.multiply``).
+A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
+which is summed over the other way, is kept dense: it has ``rank`` values for a row. Every other form, and every form
+where the library is absent, multiplies through its reference (``Encoded.multiply``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
+from torch import Tensor
 
 from layerwise.encoding.codebook import LEVELS, Codebook
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.float8 import float8_values
 from layerwise.encoding.grid import FittedGrid
 from layerwise.encoding.integer import GroupedInteger
+from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.scales import width_of
+from layerwise.encoding.sums import Sum
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import chosen_path
-from layerwise.kernels.matrix import Canonical, PackedMatrix
+from layerwise.kernels.matrix import Canonical, PackedMatrix, PackedTable
 
 LANE = 4
 
 
-def repack(form: Encoded) -> PackedMatrix | None:
+class Multiplier(Protocol):
+    """What a form multiplies with. ``table``: codes that are places in a table, without a product with int8.
+
+    ``bias`` is float32 [rows] on the CPU, for float32 activations alone: the sum is then that of ``y + bias``.
+    """
+
+    table: bool
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class SumProduct:
+    """``x (W_1 + W_2)^T`` by the parts' own kernels; a part that has none is multiplied by its reference."""
+
+    parts: tuple[Multiplier | Encoded, ...]
+    table = False
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
+        first, *others = (_part_product(part, x, int8) for part in self.parts)
+        for other in others:
+            first += other
+        return first if bias is None else first.add_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankProduct:
+    """``(x B^T) A^T``: B by its kernel, A dense ``[rank, rows]`` float32."""
+
+    right: Multiplier
+    left: Tensor
+    table = False
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
+        inner = self.right.multiply(x.float(), int8=int8 and not self.right.table)
+        y = (inner @ self.left).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+
+def _part_product(part: Multiplier | Encoded, x: Tensor, int8: bool) -> Tensor:
+    if isinstance(part, Encoded):
+        return part.multiply(x)
+    return part.multiply(x, int8=int8 and not part.table)
+
+
+def repack(form: Encoded) -> Multiplier | None:
     """``form`` in the layout of the kernels; None where it is not theirs or there are none."""
+    if isinstance(form, Sum):
+        kernels = [repack(form.first), repack(form.second)]
+        if kernels == [None, None]:
+            return None
+        return SumProduct(tuple(k or part for k, part in zip(kernels, (form.first, form.second), strict=True)))
+    if isinstance(form, LowRank):
+        right = repack(form.right)
+        return None if right is None else LowRankProduct(right, form.left.decode())
+    return packed_matrix(form)
+
+
+def packed_matrix(form: Encoded) -> PackedMatrix | None:
+    """The one matrix that a form of codes is; None for a form of several, or without kernels."""
     stored = canonical(form)
     return None if stored is None or chosen_path() is None else PackedMatrix(stored)
+
+
+def packed_table(form: Encoded) -> PackedTable | None:
+    """``form`` as rows to look up; None as for ``packed_matrix``."""
+    stored = canonical(form)
+    return None if stored is None or chosen_path() is None else PackedTable(stored)
 
 
 def canonical(form: Encoded) -> Canonical | None:

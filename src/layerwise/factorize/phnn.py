@@ -21,8 +21,8 @@ Convolutions*, arXiv 2110.04176. Ours: the fit to a trained weight, T as a choic
 float32 (T p q numbers in all). A trained weight is far from a sum of few Kronecker products, so
 without training this loses much: it is here to be measured, and to start training from.
 
-Measured on docs-lm (KL, MB, one seed): order 2, 4 bits: 2.77 at 0.970; order 2 with three of the four possible terms, 3
-bits: 1.06 at 1.058; plain SVD factors 2.70 at 0.971; rounded integers 0.469 at 0.971 and 0.372 at 1.069.
+Measured on docs-lm (KL, MB): order 2, 4 bits: 2.76 at 0.970; order 2 with three of the four possible terms, 3
+bits: 1.09 at 1.058; plain SVD factors 2.70 at 0.971; rounded integers 0.469 at 0.971 and 0.372 at 1.069.
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ the dense network on the calibration text, in memory. ``rank=0`` takes the proje
 Source: Z. Shen, Z. Liu, E. Xing, *Sliced Recursive Transformer*, arXiv 2111.05297. Not here: attention in slices of the
 tokens, which pays for the extra passes of an image classifier and would break the order of time in a causal network;
 learnt coefficients of the residual paths; training from scratch.
+
+Measured on docs-lm (5 blocks in 3, 40 steps of 8 x 64 tokens, KL on other text): rank 8 1.98; no projections 2.14,
+with norms shared too 2.63, in 1.4 % fewer bytes. Rounding leaves 0.0002 in fewer bytes.
 """
 
 from __future__ import annotations

@@ -42,19 +42,13 @@ class Store(ABC):
     def read(self, end: int) -> Tensor:
         """Positions ``0 … end - 1`` of every row, in the network's type."""
 
-    @property
     @abstractmethod
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held, ``[rows, heads, capacity, …]`` each."""
-
-    def gather(self, slots: Sequence[int], start: int) -> None:
-        """Let these slots stand from ``start`` on, in this order, for every row."""
-        for held in self.tensors:
-            held[:, :, start : start + len(slots)] = held[:, :, list(slots)]
+    def parts(self) -> tuple[Tensor, ...]:
+        """What is kept, each ``[rows, heads, capacity, …]``."""
 
     @property
     def nbytes(self) -> int:
-        return sum(held.nbytes for held in self.tensors)
+        return sum(part.nbytes for part in self.parts())
 
 
 class Plain(Store):
@@ -70,8 +64,7 @@ class Plain(Store):
     def read(self, end: int) -> Tensor:
         return self.data[:, :, :end]
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[Tensor, ...]:
         return (self.data,)
 
 
@@ -95,8 +88,7 @@ class Int8(Store):
     def read(self, end: int) -> Tensor:
         return (self.codes[:, :, :end].to(self.dtype) * self.step[:, :, :end].to(self.dtype)).flatten(-2)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[Tensor, ...]:
         return self.codes, self.step
 
 
@@ -125,8 +117,7 @@ class Int4(Store):
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).to(self.dtype)
         return (codes * self.step[:, :, :end].to(self.dtype) + self.low[:, :, :end].to(self.dtype)).flatten(-2)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[Tensor, ...]:
         return self.codes, self.step, self.low
 
 
@@ -167,11 +158,13 @@ class Cache:
             raise ValueError(f"block {block} has not run yet")
         return found[0].read(end), found[1].read(end)
 
-    def gather(self, slots: Sequence[int], start: int) -> None:
-        """Let these slots of every block that has run stand from ``start`` on."""
-        for found in self.stores:
-            for part in found or ():
-                part.gather(slots, start)
+    def gather(self, start: int, places: Sequence[int]) -> None:
+        """Move what lies at ``places`` (ascending, none before ``start``) to ``start`` and on, in all rows."""
+        if list(places) == list(range(start, start + len(places))):
+            return
+        for store in (store for found in self.stores if found is not None for store in found):
+            for part in store.parts():
+                part[:, :, start : start + len(places)] = part[:, :, list(places)]
 
     @property
     def nbytes(self) -> int:

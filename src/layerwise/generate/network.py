@@ -67,11 +67,11 @@ class CausalNetwork:
         scores: Tensor = self.head(self.norm(hidden))
         return scores
 
-    def session(self, rows: int = 1, capacity: int | None = None, cache: str = "16") -> Session:
-        """A fresh cache for so many texts of at most ``capacity`` tokens."""
+    def session(self, rows: int = 1, capacity: int | None = None, cache: str = "16", spare: int = 0) -> Session:
+        """A fresh cache for so many texts of at most ``capacity`` tokens, with room for ``spare`` nodes of trees."""
         from layerwise.generate.session import Session
 
-        return Session(self, rows, self.longest if capacity is None else capacity, cache)
+        return Session(self, rows, self.longest if capacity is None else capacity, cache, spare)
 
     def read_bytes(self) -> tuple[int, int]:
         """Bytes of one block (the mean) and of the head: what a pass of one token reads from memory."""

@@ -18,6 +18,7 @@ window; keys behind it, left over from drafts, are masked or overwritten. Rows m
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,17 +29,43 @@ from layerwise.generate.cache import Cache
 from layerwise.generate.network import CausalNetwork
 
 
-class Session:
-    """``rows`` texts of at most ``capacity`` tokens each. Call within ``torch.inference_mode()``."""
+@dataclass(frozen=True)
+class Branch:
+    """New positions of one row that are nodes of a tree behind ``base`` positions, in the cache one behind the other.
 
-    def __init__(self, network: CausalNetwork, rows: int, capacity: int, cache: str = "16") -> None:
+    depths: of all nodes so far, int64 [nodes]: a node's position is ``base`` + its depth.
+    sees:   bool [count, nodes]: which nodes each new one sees, itself included; the new ones are the last.
+    """
+
+    base: int
+    depths: Tensor
+    sees: Tensor
+
+    @property
+    def places(self) -> Tensor:
+        """Positions of the new nodes, ``[1, count]``."""
+        return self.base + self.depths[None, -len(self.sees) :]
+
+    @property
+    def start(self) -> int:
+        """Where the new nodes lie in the cache."""
+        return self.base + len(self.depths) - len(self.sees)
+
+
+class Session:
+    """``rows`` texts of at most ``capacity`` tokens each. Call within ``torch.inference_mode()``.
+
+    spare: places in the cache beyond, for nodes of trees.
+    """
+
+    def __init__(self, network: CausalNetwork, rows: int, capacity: int, cache: str = "16", spare: int = 0) -> None:
         if capacity > network.longest:
             raise InputError(
                 f"prompt and new tokens come to {capacity} positions, but this {network.name} was made for "
                 f"{network.longest}; shorten the prompt or ask for fewer new tokens"
             )
         self.network, self.rows, self.capacity = network, rows, capacity
-        self.cache = Cache(network.slots, capacity, cache)
+        self.cache = Cache(network.slots, capacity + spare, cache)
         self.lengths = [0] * rows
         self._rotary: tuple[Tensor, Tensor] | None = None
 
@@ -75,47 +102,38 @@ class Session:
             raise ValueError(f"lengths lie between 0 and {self.capacity}, not {list(lengths)}")
         self.lengths = list(lengths)
 
-    def keep(self, slots: Sequence[int]) -> None:
-        """Of a session of one row, let the keys and values at these slots follow its length, in this order."""
-        self.cache.gather(slots, self.lengths[0])
-        self.rollback([self.lengths[0] + len(slots)])
-
     # ------------------------------------------------------------ parts of a pass
 
-    def embed(self, tokens: Tensor, starts: Sequence[int], places: Tensor | None = None) -> Tensor:
-        """Hidden states ``[rows, count, d]`` before the first block; ``places`` as in ``run``."""
+    def embed(self, tokens: Tensor, starts: Sequence[int], branch: Branch | None = None) -> Tensor:
+        """Hidden states ``[rows, count, d]`` before the first block."""
         tokens = tokens.to(self.network.device)
         hidden: Tensor = self.network.table(tokens)
         if self.network.positions is not None:
-            own = self._places(starts, tokens.shape[1]) if places is None else places
-            hidden = hidden + self.network.positions(own)
+            hidden = hidden + self.network.positions(self._places(starts, tokens.shape[1], branch))
         return hidden
 
-    def run(
-        self,
-        hidden: Tensor,
-        blocks: Iterable[int],
-        starts: Sequence[int],
-        places: Tensor | None = None,
-        sees: Tensor | None = None,
-    ) -> Tensor:
+    def run(self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int], branch: Branch | None = None) -> Tensor:
         """Hidden states ``[rows, count, d]`` behind these blocks; their keys and values are written at ``starts``.
 
-        For a tree of drafts, whose branches stand beside each other in the cache but at the same positions of the text:
-        places: position of each token, int64 ``[rows, count]``; without it they follow each other from the start.
-        sees:   bool ``[rows or 1, 1, count, start + count]``, which slots of the cache each token sees.
+        branch: of a session of one row, whose new positions are nodes of a tree; then ``starts`` does not count.
         """
         network, count = self.network, hidden.shape[1]
-        own = self._places(starts, count) if places is None else places
-        arguments: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True, "position_ids": own}
+        starts = starts if branch is None else [branch.start]
+        arguments: dict[str, Any] = {
+            "past_key_values": self.cache, "use_cache": True, "position_ids": self._places(starts, count, branch),
+        }  # fmt: skip
         if network.rotary is not None:
-            arguments["position_embeddings"] = self._turns(hidden, starts, count, places)
+            arguments["position_embeddings"] = self._turns(hidden, starts, count, branch)
         self.cache.starts = starts
         masks: dict[int | None, Tensor | None] = {}
         for index in blocks:
             window = network.windows[index]
             if window not in masks:
-                masks[window] = self._mask(starts, count, window) if sees is None else sees
+                masks[window] = (
+                    self._mask(starts, count, window)
+                    if branch is None
+                    else _branch_mask(branch, window).to(hidden.device)
+                )
             out = network.blocks[index](hidden, attention_mask=masks[window], **arguments)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
@@ -126,23 +144,27 @@ class Session:
 
     # ------------------------------------------------------------ positions
 
-    def _places(self, starts: Sequence[int], count: int) -> Tensor:
+    def _places(self, starts: Sequence[int], count: int, branch: Branch | None = None) -> Tensor:
         """Positions ``[rows, count]``."""
         device = self.network.device
+        if branch is not None:
+            return branch.places.to(device)
         if len(set(starts)) == 1:
             return torch.arange(starts[0], starts[0] + count, device=device).expand(self.rows, count)
         return torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
 
-    def _turns(self, hidden: Tensor, starts: Sequence[int], count: int, places: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _turns(
+        self, hidden: Tensor, starts: Sequence[int], count: int, branch: Branch | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[rows or 1, count, width]``, cut out of tables that are made once."""
         if self._rotary is None:
             every = torch.arange(self.capacity, device=hidden.device)[None]
             self._rotary = self.network.rotary(hidden[:1], every)  # type: ignore[misc]
         cosine, sine = self._rotary
-        if places is None and len(set(starts)) == 1:
+        if branch is None and len(set(starts)) == 1:
             own = slice(starts[0], starts[0] + count)
             return cosine[:, own], sine[:, own]
-        places = self._places(starts, count) if places is None else places
+        places = self._places(starts, count, branch)
         return cosine[0][places], sine[0][places]
 
     def _mask(self, starts: Sequence[int], count: int, window: int | None) -> Tensor | None:
@@ -157,3 +179,12 @@ class Session:
         if not unbounded:
             sees &= keys > queries[:, :, None] - window  # type: ignore[operator]
         return sees[:, None]
+
+
+def _branch_mask(branch: Branch, window: int | None) -> Tensor:
+    """True where a node sees a key, ``[1, 1, count, base + nodes]``: all before the tree, and its ancestors."""
+    sees = torch.cat([torch.ones(len(branch.sees), branch.base, dtype=torch.bool), branch.sees], 1)
+    if window is not None:
+        keys = torch.cat([torch.arange(branch.base), branch.base + branch.depths])
+        sees = sees & (keys > branch.places[0][:, None] - window)
+    return sees[None, None]

@@ -20,12 +20,17 @@ def silent(row: int, tokens: Sequence[int]) -> None:
 
 @dataclass(frozen=True)
 class Wanted:
-    """How many tokens, chosen how, over which cache. A token in the network's ``stop`` ends a text, as part of it."""
+    """How many tokens, chosen how, over which cache. A token in the network's ``stop`` ends a text, as part of it.
+
+    bare: for methods that contrast: each prompt once more without the context that it begins with; empty where there
+          is none, and for everyone else a prompt is a prompt.
+    """
 
     new_tokens: int = 128
     choice: Choice = Choice()
     cache: str = "16"
     ignore_stop: bool = False
+    bare: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.new_tokens < 1:
@@ -49,7 +54,8 @@ class Work:
     prefill_seconds: of the prompts, with whatever was measured on them; decode_seconds: of all that follows.
     prefilled:     texts whose first token came out of the prompt's pass.
     full_passes:   passes through the last block, of all texts together in plain decoding, behind the prompts'.
-    block_passes:  blocks run in them and in drafts, however many tokens at a time.
+    block_passes:  blocks of the network run in them and in drafts, however many tokens at a time; the block of a draft
+                   head is none of them.
     drafted, accepted: tokens that were proposed, and those of them that the network confirmed.
     exited:        tokens that left before the last block and were kept.
     """

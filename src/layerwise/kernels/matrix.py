@@ -2,15 +2,19 @@
 
     W[r, k] = sum over planes of  s[r, g] (q[r, k] - z[r, g])        or  s[r, g] levels[q[r, k]],   g the group of k
 
-From float activations: ``y_r = sum_g s_g (sum_k (q - c) x_k - (z - c) sum_k x_k)`` in float32, the scale once per
-block (a group, or a piece of at most 256 columns of one) and the codes centred at ``c`` so that little cancels. From
-int8 activations: in each block ``a = max |x| / 127``, ``xi = rint(x / a)`` and ``y_r = sum_g a s_g (sum_k q xi_k - z
-sum_k xi_k)`` with the sums in int32: the same bits on every path. Either way the result does not depend on the number
-of threads, which is torch's.
+Activations are rounded to whole numbers of a step in each block (a group, or a piece of at most 256 columns of one),
+and every sum is exact in int32, so that the bits are the same on every path and for any number of threads:
 
-In large batches the dense product is the faster one: float activations then meet panels of rows that are decoded into
-the cache and handed to torch. Where that begins was measured on one core of a Zen 4 (4096 x 4096, 4 bits): the float
-product takes 0.32 ms a token, torch's fp32 product with panels 3.5 + 0.34 ms, its bf16 product with panels half of it.
+    x_k ~ a (d0_k + 256 d1_k + 65536 d2_k),    y_r = sum over blocks of  a s_g sum_i 256^i (sum_k q d_ik - z sum_k d_ik)
+
+Three digits, a step of the 8355711th part of the block's largest |x|, hold what float32 activations do, two (a 32639th)
+what bfloat16 ones do, and one (a 127th) is what ``int8`` asks for. The three-digit product costs three dot-product
+instructions for 64 products where float arithmetic takes four multiplications and the conversion of every code: on a
+Zen 4 it reads packed 4-bit weights at twice the speed, and is exact to 2^-24 of the block's largest value.
+
+Codes that are places in a table meet floats. In large batches the dense product is faster for them, and so it is for
+exact activations on processors without a dot-product instruction: panels of rows are decoded into the cache and handed
+to torch.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from layerwise.kernels.library import Stored, chosen_path, library
 PANEL_TOKENS = 128  # from so many tokens on, panels
 PANEL_TOKENS_16_BITS = 64
 PANEL_BYTES = 4 << 20  # of a decoded panel: about what the caches of one core hold
-TILE = 16  # rows
+TILE = 32  # rows
+DOT_PATH = "avx512"  # with the dot-product instruction
 
 SCALE_HALF, SCALE_BYTE = 0, 1
 ZERO_NONE, ZERO_BYTE, ZERO_HALF = 0, 1, 2
@@ -67,19 +72,11 @@ class PackedMatrix:
             raise RuntimeError("there is no compiled library")
         self.rows, self.columns = stored.rows, stored.columns
         self.table = stored.levels is not None
-        kept = [None if t is None else t.detach().cpu().contiguous() for t in _tensors(stored)]
-        codes, scale, zero, factor, levels = kept
-        assert codes is not None and scale is not None
-        _check(stored, codes, scale, zero, factor, levels)
-        described = Stored(
-            stored.rows, stored.columns, stored.bits, stored.planes, stored.group, int(stored.trits),
-            SCALE_BYTE if scale.dtype == torch.uint8 else SCALE_HALF,
-            ZERO_NONE if zero is None else ZERO_BYTE if zero.dtype == torch.uint8 else ZERO_HALF,
-            stored.centre, *_bytes(codes), *_bytes(scale), *_bytes(zero), _bytes(factor)[0], _bytes(levels)[0],
-        )  # fmt: skip
+        described, kept = describe(stored)
         handle = loaded.layerwise_repack(ctypes.byref(described), ctypes.sizeof(described), torch.get_num_threads())
         if not handle:
             raise ValueError(f"a matrix of {stored.rows} x {stored.columns} codes that do not fit its description")
+        del kept  # the library has made its own of it
         self._library = loaded
         self._own(handle)
 
@@ -98,10 +95,11 @@ class PackedMatrix:
         twin._own(handle)
         return twin
 
-    def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None) -> Tensor:
-        """``x W^T``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
+    def multiply(self, x: Tensor, *, int8: bool = False, path: str | None = None, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias``: ``[..., columns]`` of any float type on the CPU -> ``[..., rows]`` of the same type.
 
-        int8: round the activations to int8 first (not for tables of levels). path: take another than the chosen one.
+        bias: float32 ``[rows]``, contiguous; it is added before the result is rounded to ``x``'s type. int8: round the
+        activations to int8 first (not for tables of levels). path: take another than the chosen one.
         """
         if x.device.type != "cpu" or x.shape[-1:] != (self.columns,):
             raise ValueError(f"activations are [..., {self.columns}] on the CPU, not {list(x.shape)} on {x.device}")
@@ -109,14 +107,17 @@ class PackedMatrix:
             raise ValueError("codes that are places in a table have no product with int8 activations")
         path = path or chosen_path()
         tokens = x.numel() // self.columns
-        if tokens >= (PANEL_TOKENS if x.dtype == torch.float32 else PANEL_TOKENS_16_BITS) and not int8:
-            return self._by_panels(x.detach().reshape(tokens, self.columns), path).view(*x.shape[:-1], self.rows)
+        many = PANEL_TOKENS if x.dtype == torch.float32 else PANEL_TOKENS_16_BITS
+        if tokens >= many and not int8 and (self.table or path != DOT_PATH):
+            y = self._by_panels(x.detach().reshape(tokens, self.columns), path).view(*x.shape[:-1], self.rows)
+            return y if bias is None else y.add_(bias)
         given = x.detach().reshape(tokens, self.columns).float()
         if given.stride(1) != 1 or (tokens > 1 and given.stride(0) < self.columns):
             given = given.contiguous()
         y = torch.empty(tokens, self.rows)
         status = self._library.layerwise_multiply(
-            self._handle, _name(path), given.data_ptr(), tokens, given.stride(0), y.data_ptr(), self.rows, int(int8),
+            self._handle, _name(path), given.data_ptr(), tokens, given.stride(0), y.data_ptr(), self.rows,
+            None if bias is None else bias.data_ptr(), 1 if int8 else 2 if x.dtype == torch.bfloat16 else 3,
             torch.get_num_threads(),
         )  # fmt: skip
         _succeeded(status, path)
@@ -131,7 +132,7 @@ class PackedMatrix:
         self._library.layerwise_read(self._handle, _name(path or chosen_path()), torch.get_num_threads())
 
     def _panel(self, first: int, last: int, path: str | None, into: Tensor | None = None) -> Tensor:
-        """Tiles ``first .. last - 1``, transposed: float32 [columns, 16 * tiles]."""
+        """Tiles ``first .. last - 1``, transposed: float32 [columns, 32 * tiles]."""
         width = (last - first) * TILE
         panel = torch.empty(self.columns, width) if into is None else into[: self.columns * width].view(-1, width)
         status = self._library.layerwise_decode(
@@ -153,6 +154,47 @@ class PackedMatrix:
                 return torch.mm(x, panel)
             y[:, own] = torch.mm(x, panel)
         return y
+
+
+class PackedTable:
+    """Rows looked up from a stored matrix where it lies: nothing is repacked, nothing held twice."""
+
+    def __init__(self, stored: Canonical) -> None:
+        loaded = library()
+        if loaded is None:
+            raise RuntimeError("there is no compiled library")
+        self._library = loaded
+        self.rows, self.columns = stored.rows, stored.columns
+        self._described, self._kept = describe(stored)
+
+    def take(self, index: Tensor) -> Tensor:
+        """Rows ``index`` (1-D int64 on the CPU), float32 ``[.., columns]``: bit for bit what the form decodes to."""
+        index = index.contiguous()
+        found = torch.empty(index.numel(), self.columns)
+        status = self._library.layerwise_take(
+            ctypes.byref(self._described), ctypes.sizeof(self._described), index.data_ptr(), index.numel(),
+            found.data_ptr(),
+        )  # fmt: skip
+        if status == 5:
+            raise IndexError(f"row numbers are 0 to {self.rows - 1}")
+        if status:
+            raise ValueError(f"a table of {self.rows} x {self.columns} codes that do not fit its description")
+        return found
+
+
+def describe(stored: Canonical) -> tuple[Stored, list[Tensor | None]]:
+    """``stored`` as the library takes it, and the tensors that it points into."""
+    kept = [None if t is None else t.detach().cpu().contiguous() for t in _tensors(stored)]
+    codes, scale, zero, factor, levels = kept
+    assert codes is not None and scale is not None
+    _check(stored, codes, scale, zero, factor, levels)
+    described = Stored(
+        stored.rows, stored.columns, stored.bits, stored.planes, stored.group, int(stored.trits),
+        SCALE_BYTE if scale.dtype == torch.uint8 else SCALE_HALF,
+        ZERO_NONE if zero is None else ZERO_BYTE if zero.dtype == torch.uint8 else ZERO_HALF,
+        stored.centre, *_bytes(codes), *_bytes(scale), *_bytes(zero), _bytes(factor)[0], _bytes(levels)[0],
+    )  # fmt: skip
+    return described, kept
 
 
 def _tensors(stored: Canonical) -> tuple[Tensor | None, ...]:

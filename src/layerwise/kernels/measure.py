@@ -3,7 +3,10 @@
 For each shape a set of more than ``SET_BYTES`` of every form is made, so that weights come from memory and not from a
 cache, and all of them are timed in turn, round after round: what else the machine does meets all alike. A row's share
 is packed bytes over median time, over the bandwidth of only reading the same bytes with the same threads in the same
-rounds. Figures are of one machine at one time; nothing here judges them.
+rounds. Its share of dot products is of those that a loop does that has nothing else to do, again in the same rounds;
+exact activations take three for every product with float32 ones. Other engines that are installed (``peers.py``) are
+timed in the rounds of one form, that of int4 where it is among them. Figures are of one machine at one time; nothing
+here judges them.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ from torch import Tensor
 
 from layerwise.errors import InputError
 from layerwise.kernels.doctor import cache_bytes, processor
-from layerwise.kernels.library import chosen_path, why_absent
+from layerwise.kernels.library import chosen_path, library, why_absent
 from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.peers import Product, prepared, versions
 from layerwise.kernels.samples import SAMPLES
 
 SET_BYTES = 208_000_000
@@ -28,6 +32,7 @@ SHAPES = ((4096, 4096), (11008, 4096))
 BATCHES = (1, 8, 32)
 LARGEST_SIDE = 1 << 16
 MOST_COPIES = 4096
+DOT_ROUNDS = 100_000  # of the loop of dot products: about a millisecond
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,22 @@ class Row:
     share: float
     over_fp32: float
     over_bf16: float
+    of_dots: float = 0.0  # dot products over those of the same time at the most; 0 for tables, which have none
+
+
+@dataclass(frozen=True)
+class PeerRow:
+    """Another engine's product; ``absent`` says why there are no figures."""
+
+    name: str
+    activations: str
+    bits: int
+    rows: int
+    columns: int
+    batch: int
+    microseconds: float | None
+    spread: float | None
+    absent: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,14 @@ class Report:
     cache_bytes: int | None
     torch: str
     rows: tuple[Row, ...]
+    peers: tuple[PeerRow, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def over_peers(self, row: Row) -> dict[str, float]:
+        """Each peer's median over this row's, at the same shape and batch: above 1, this one is faster."""
+        size = (row.rows, row.columns, row.batch)
+        alike = [p for p in self.peers if p.microseconds and (p.rows, p.columns, p.batch) == size]
+        return {peer.name: (peer.microseconds or 0.0) / row.microseconds for peer in alike}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +97,7 @@ def measure(
     forms: tuple[str, ...] = tuple(SAMPLES),
     set_bytes: int = SET_BYTES,
     shown: Callable[[str], None] = lambda _: None,
+    peers: bool = True,
 ) -> Report:
     """Time every form on every shape and batch. Raises ``InputError`` for settings that mean nothing, or no kernels."""
     path = chosen_path()
@@ -78,16 +108,23 @@ def measure(
     if any(not 1 <= side <= LARGEST_SIDE for shape in shapes for side in shape):
         raise InputError(f"the sides of a shape are 1 to {LARGEST_SIDE}")
     rows: list[Row] = []
+    others: list[PeerRow] = []
+    beside = "int4" if "int4" in forms else forms[0]
     for shape in shapes:
         for form in forms:
             shown(f"{form}, {shape[0]} x {shape[1]}")
-            rows += _measure(form, *shape, batches, rounds, set_bytes)
+            found, met = _measure(form, *shape, batches, rounds, set_bytes, peers and form == beside)
+            rows += found
+            others += met
     return Report(
-        processor(), path, torch.get_num_threads(), set_bytes, cache_bytes(), str(torch.__version__), tuple(rows)
+        processor(), path, torch.get_num_threads(), set_bytes, cache_bytes(), str(torch.__version__), tuple(rows),
+        tuple(others), versions() if peers else {},
     )  # fmt: skip
 
 
-def _measure(form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int) -> list[Row]:
+def _measure(
+    form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int, with_peers: bool
+) -> tuple[list[Row], list[PeerRow]]:
     sample = SAMPLES[form]
     first = PackedMatrix(sample.draw(rows, columns))
     if set_bytes // first.nbytes > MOST_COPIES:
@@ -96,24 +133,50 @@ def _measure(form: str, rows: int, columns: int, batches: tuple[int, ...], round
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     dense = [weight.clone() for _ in range(-(-set_bytes // (4 * weight.numel())))]
     halved = [weight.bfloat16() for _ in range(-(-set_bytes // (2 * weight.numel())))]
-    found = []
+    engines = list(prepared(rows, columns, set_bytes)) if with_peers else []
+    found, met = [], []
+    dots = [0]
     for batch in batches:
         x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
         runs = _products(packed, dense, halved, x)
+        runs["dots"] = list(range(5)), lambda _: dots.__setitem__(0, _dots())
         if sample.levels:
             del runs["int8"]
+        for peer, copies, product, _ in engines:
+            if product is not None:
+                runs[peer.name] = list(range(copies)), _of_peer(product, x)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(rounds + 1):
-            for name, (copies, product) in runs.items():
-                taken = _times(copies, product)
+            for name, (copies_of, run) in runs.items():
+                taken = _times(copies_of, run)
                 times[name] += taken if turn else []  # the first round meets page faults
         middle = {name: statistics.median(taken) for name, taken in times.items()}
+        most = dots[0] / middle["dots"]
         for activations in (name for name in ("exact", "int8") if name in times):
             median, spread = middle[activations], _spread(times[activations])
             ratios = (middle["read"] / median, middle["fp32"] / median, middle["bf16"] / median)
             size = (rows, columns, batch, median * 1e6, spread * 1e6, first.nbytes)
-            found.append(Row(form, activations, *size, *ratios))
-    return found
+            digits = 0 if sample.levels else 1 if activations == "int8" else 3
+            done = rows * columns * batch * digits / median
+            found.append(Row(form, activations, *size, *ratios, done / most))
+        for peer, _, _, absent in engines:
+            own = times.get(peer.name)
+            median_us = None if own is None else statistics.median(own) * 1e6
+            spread_us = None if own is None else _spread(own) * 1e6
+            met.append(
+                PeerRow(peer.name, peer.activations, peer.bits, rows, columns, batch, median_us, spread_us, absent)
+            )
+    return found, met
+
+
+def _dots() -> int:
+    loaded, path = library(), chosen_path()
+    assert loaded is not None and path is not None
+    return int(loaded.layerwise_dots(path.encode(), DOT_ROUNDS, torch.get_num_threads()))
+
+
+def _of_peer(product: Product, x: Tensor) -> Callable[[int], object]:
+    return lambda copy: product(copy, x)
 
 
 def _products(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
-from layerwise.encoding.repacked import repack
+from layerwise.encoding.repacked import Multiplier, packed_table, repack
 from layerwise.errors import InputError
-from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.matrix import PackedTable
+from layerwise.network.operators import packed_product, packed_rows, register
 
 ACTIVATIONS = ("exact", "int8")
 
@@ -40,8 +41,10 @@ class Packed(nn.Module):
         # Empty, but it follows .to() like any buffer, and so remembers the network's dtype.
         self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
-        self._repacked: tuple[Encoded, tuple[int, ...], PackedMatrix | None] | None = None
+        self._repacked: tuple[Encoded, tuple[int, ...], Multiplier | None] | None = None
+        self._table: tuple[Encoded, tuple[int, ...], PackedTable | None] | None = None
         self.int8_activations = False  # see set_activations
+        self._number = register(self)  # by which operators know it
 
     @property
     def encoded(self) -> Encoded:
@@ -52,21 +55,59 @@ class Packed(nn.Module):
             self._restored = buffers, restore_form(self.spec, tensors)  # type: ignore[arg-type, assignment]
         return self._restored[1]  # type: ignore[index]
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """``x W^T`` in ``x``'s dtype, by a compiled kernel where the form has one and nothing but values is wanted."""
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x W^T + bias`` in ``x``'s dtype.
+
+        By a compiled kernel where the form has one and nothing but values is wanted; it adds a float32 bias to float32
+        activations as it writes, which is the same sum without another pass over it.
+        """
         kernel = self._kernel() if kernel_takes(x) else None
         if kernel is None:
-            return self.encoded.multiply(x)
-        return kernel.multiply(x, int8=self.int8_activations and not kernel.table)
+            y = self.encoded.multiply(x)
+            return y if bias is None else y + bias.to(y.dtype)
+        int8 = self.int8_activations and not kernel.table
+        if bias is None or (x.dtype == torch.float32 and _plain_bias(bias)):
+            return kernel.multiply(x, int8=int8, bias=bias)
+        y = kernel.multiply(x, int8=int8)
+        return y + bias.to(y.dtype)
 
-    def _kernel(self) -> PackedMatrix | None:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """What ``forward`` computes; without its bias the operator runs it, see ``operators.py``."""
+        return self.multiply(x, bias)
+
+    def traced_product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``product``, where a graph is traced as one node and a sum."""
+        if not torch.compiler.is_compiling():
+            return self.product(x, bias)
+        y: Tensor = packed_product(x, self._number, self.spec["shape"][0])
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def look_up(self, index: Tensor) -> Tensor:
+        """Rows of the form, float32 ``[..., columns]``."""
+        flat = index.reshape(-1)
+        table = self._rows() if flat.device.type == "cpu" and flat.dtype == torch.int64 else None
+        rows = self.encoded.take_rows(flat) if table is None else table.take(flat)
+        return rows.view(*index.shape, self.spec["shape"][1])
+
+    def _kernel(self) -> Multiplier | None:
         """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
-        form = self.encoded
-        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
-        versions = tuple(0 if t.is_inference() else t._version for t in buffers)
+        form, versions = self._present()
         if self._repacked is None or self._repacked[0] is not form or self._repacked[1] != versions:
             self._repacked = form, versions, repack(form)
         return self._repacked[2]
+
+    def _rows(self) -> PackedTable | None:
+        """The form as rows to look up: it points into the stored tensors, and is described again when they changed."""
+        form, versions = self._present()
+        if self._table is None or self._table[0] is not form or self._table[1] != versions:
+            self._table = form, versions, packed_table(form)
+        return self._table[2]
+
+    def _present(self) -> tuple[Encoded, tuple[int, ...]]:
+        """The form, and numbers that change when a stored tensor does."""
+        form = self.encoded
+        buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
+        return form, tuple(0 if t.is_inference() else t._version for t in buffers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +130,11 @@ class Packed(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_restored": None, "_repacked": None}  # made again from the copied buffers
+        return {**self.__dict__, "_restored": None, "_repacked": None, "_table": None}  # made again from copies
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._number = register(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         import copy
@@ -97,6 +142,7 @@ class Packed(nn.Module):
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__getstate__().items()})
+        twin._number = register(twin)
         return twin
 
     def extra_repr(self) -> str:
@@ -149,10 +195,12 @@ class PackedLinear(Packed):
         given = "" if self.input_spec is None else f", inputs: {self.input_spec['form']} {self.input_spec['bits']} bits"
         return super().extra_repr() + given
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         grid = self.inputs
-        y = self.multiply(x if grid is None else grid.rounded(x))
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.multiply(x if grid is None else grid.rounded(x), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.traced_product(x, self.bias)
 
 
 class PackedConv(Packed):
@@ -197,7 +245,10 @@ class PackedEmbedding(Packed):
         self.scale = scale
 
     def forward(self, index: Tensor) -> Tensor:
-        rows = self.encoded.take_rows(index.reshape(-1)).view(*index.shape, self.embedding_dim).to(self.dtype)
+        if torch.compiler.is_compiling():
+            rows = packed_rows(index, self._number, self.embedding_dim, self._compute)
+        else:
+            rows = self.look_up(index).to(self.dtype)
         return rows if self.scale is None else rows * torch.tensor(self.scale, dtype=rows.dtype)
 
 
@@ -226,9 +277,8 @@ class PackedHead(nn.Module):
         return self.table.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.table.multiply(x)
-        bias = self.bias if self.bias_owner is None else self.bias_owner.bias
-        return y if bias is None else y + bias.to(y.dtype)  # type: ignore[operator]
+        bias: Tensor | None = self.bias if self.bias_owner is None else self.bias_owner.bias  # type: ignore[assignment]
+        return self.table.traced_product(x, bias)
 
     def extra_repr(self) -> str:
         return f"{self.out_features}x{self.in_features}, tied"
@@ -244,6 +294,17 @@ def kernel_takes(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined]
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap and grad hand over tensors without memory
+    )
+
+
+def _plain_bias(bias: Tensor) -> bool:
+    """Whether a kernel may add ``bias``: float32 values on the CPU, with no gradient to record."""
+    return (
+        bias.device.type == "cpu"
+        and bias.dtype == torch.float32
+        and type(bias) in (Tensor, nn.Parameter)
+        and bias.is_contiguous()
+        and not (bias.requires_grad and torch.is_grad_enabled())
     )
 
 

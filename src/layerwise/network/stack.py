@@ -22,6 +22,7 @@ from layerwise.errors import InputError
 from layerwise.network.arranged import in_memory
 from layerwise.network.arrangement import Arrangement, Step
 from layerwise.network.network import Network
+from layerwise.network.stand_in import Passing
 from layerwise.network.streaming import Batch
 
 Run = Callable[[int, Tensor], Tensor]
@@ -56,7 +57,7 @@ class Stack:
         if self.values < 0:
             with self.blocks[0].register_forward_hook(self._learn):
                 self.module(**self._arguments(batch.rows(0, 1)))
-        seen = [_Noted(block, self.values) for block in self.blocks]
+        seen = [Passing(block, self.values) for block in self.blocks]
         with self._replaced(seen):
             self.module(**self._arguments(batch))
         return Entered(seen[0].hidden, tuple(noted.call for noted in seen))
@@ -71,7 +72,7 @@ class Stack:
 
     def leave(self, batch: Batch, hidden: Tensor) -> Any:
         """The network's output object when ``hidden`` is what the last block gives."""
-        with self._replaced([_Noted(b, self.values, hidden if i == 0 else None) for i, b in enumerate(self.blocks)]):
+        with self._replaced([Passing(b, self.values, hidden if i == 0 else None) for i, b in enumerate(self.blocks)]):
             return self.module(**self._arguments(batch))
 
     def states(self, entered: Entered) -> list[Tensor]:
@@ -115,24 +116,3 @@ def run_step(step: Step, hidden: Tensor, run: Run) -> Tensor:
         reached = hidden + added.cumsum(0)
         states = [hidden, *reached[:-1]]
     return hidden + added.mean(0) if step.combine == "mean" else reached[-1]
-
-
-class _Noted(nn.Module):
-    """Stands in for a block: notes how it is called, and hands on its input or a given hidden state."""
-
-    def __init__(self, block: nn.Module, values: int, given: Tensor | None = None) -> None:
-        super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: only its plain attributes are wanted
-        self.given, self.values = given, values
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.hidden, self.call = hidden, (args[1:], kwargs)
-        out = hidden if self.given is None else self.given
-        return (out, *[None] * (self.values - 1)) if self.values else out

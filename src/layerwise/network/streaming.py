@@ -23,6 +23,7 @@ from layerwise.network.arranged_blocks import USES, ArrangedBlocks
 from layerwise.network.network import Network
 from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised, parameter_owners
+from layerwise.network.stand_in import Passing, StandIn
 
 ROWS_FROM_DISK = 32 << 20  # a table with more float32 bytes than this is looked up row by row from the file
 
@@ -70,39 +71,18 @@ class _Reached(Exception):
     """Leaves the network's forward once everything wanted has been recorded."""
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block and notes how it was called; passes hidden states on, or stops at the last."""
+class _Recorder(StandIn):
+    """Passes hidden states on, or stops at the last block."""
 
     def __init__(self, block: nn.Module, last: bool, tuple_length: int) -> None:
-        super().__init__()
-        object.__setattr__(self, "block", block)  # not a submodule: only its plain attributes are wanted
-        self.last, self.tuple_length = last, tuple_length
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "block"), name)
+        super().__init__(block, tuple_length)
+        self.last = last
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        self.hidden, self.call = hidden, (args[1:], kwargs)
+        hidden = self.note(args, kwargs)
         if self.last:
             raise _Reached
-        return (hidden, *[None] * (self.tuple_length - 1)) if self.tuple_length else hidden
-
-
-class _Player(_Recorder):
-    """Stands in for a block and returns a stored hidden state (the last block) or its input (the others)."""
-
-    def __init__(self, block: nn.Module, stored: Tensor | None, tuple_length: int) -> None:
-        super().__init__(block, False, tuple_length)
-        self.stored = stored
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        out = hidden if self.stored is None else self.stored
-        return (out, *[None] * (self.tuple_length - 1)) if self.tuple_length else out
+        return self.returned(hidden)
 
 
 class _RowsFromDisk(nn.Module):
@@ -142,7 +122,10 @@ class Streamer:
                 f"that it was made from"
             )
         self.network = network
-        self.members: nn.ModuleList = network.module.get_submodule(network.tree.blocks[0].rpartition(".")[0])  # type: ignore[assignment]
+        blocks = network.tree.blocks  # none, where a module runs whole
+        self.members: nn.ModuleList = (
+            network.module.get_submodule(blocks[0].rpartition(".")[0]) if blocks else nn.ModuleList()  # type: ignore[assignment]
+        )
         self.weights: Weights = weights if weights is not None else network
         self.device = torch.device(device)
         self.tuple_length: int | None = None
@@ -218,7 +201,7 @@ class Streamer:
         last = self.count - 1
 
         def stand_in(i: int, block: nn.Module) -> nn.Module:
-            return _Player(block, hidden if i == last else None, self.tuple_length or 0)
+            return Passing(block, self.tuple_length or 0, hidden if i == last else None)
 
         with self._blocks_replaced(stand_in):
             return self.network.module(**self.arguments(batch))

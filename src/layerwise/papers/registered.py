@@ -81,6 +81,8 @@ def command_of(technique: Registered) -> str | None:
         "probe": f"layerwise probe MODEL {name}",
         "distiller": f"layerwise tune STUDENT OUT --teacher MODEL --technique {name} --calibrate TEXT",
         "blueprint": f"layerwise train {name} OUT --text TEXT",
+        "sparsifier": f"layerwise bench {name}",
+        "search": f"layerwise search {name} OUT --images FILE",
         "network surgeon": f"layerwise reshape MODEL OUT --surgeon {name}",
         "generator": f"layerwise generate MODEL --prompt TEXT --method {name}",
         "allocator": f"layerwise compress MODEL OUT --budget 4bpw --allocator {name}",

@@ -108,7 +108,7 @@ class Target:
             return None
         grids = self.grids(site)
         if not grids:
-            return f"which {self.name} takes at 16 bits only"
+            return f"{self.name} takes this site at 16 bits only"
         return self._misfit(spec, grids, site.columns, site.kind == "linear")
 
     def holds(self, spec: Mapping[str, Any]) -> bool:

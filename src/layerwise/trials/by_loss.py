@@ -65,12 +65,14 @@ class Figures:
     """What a trial measured itself: in its own metric, smaller is better, of the setting and of the baseline.
 
     network: what was measured, where it is not the network of the ground.
+    data:    what on, where it is not the ground's text.
     """
 
     metric: str
     setting: float
     baseline: float
     network: str = field(default="", kw_only=True)
+    data: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,44 @@
 """What ``layerwise bench`` measures of a generator: how much of the network runs for a token, and how long it takes.
 
+What is said of one that is judged by something else (``Generator.judged_by``) is in ``saying.py`` and ``streaming.py``.
+One that learns does so on the calibration text, for ``LEARNING_STEPS`` steps where it takes steps.
+
 Prompts are windows of the held-out text, decoded greedily past the ends of texts, one by one, each by plain decoding
 and by every setting in turn, so that all see the same machine. Per setting:
 
 passes    of the whole network a new token (of lossless generators), and of blocks, in networks; plain decoding's are 1
 time      of the processor, one thread, for prompt and new tokens, plain decoding's = 1: what a clock shows on a machine
           that does nothing else; of small networks it is mostly the interpreter's
-refused   share of drafted tokens where their number is fixed, beside that of a draft which repeats the last token
+refused   share of drafted tokens where their number is fixed, beside that of a draft which repeats the last token; of a
+          draft head that is fed otherwise (``inputs``), beside each of those
 foreign   share of new tokens that are not the network's own choice behind the same text; 0 for a lossless generator,
           which is checked; beside leaving at the same exit always
 """
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from layerwise.errors import InputError
+from layerwise.fitting import run_of_tokens
 from layerwise.generate.choice import Choice, Chooser
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.session import Session
 from layerwise.generate.speculation import Proposal, speculate
 from layerwise.generate.wanted import Wanted, Work, silent
-from layerwise.generating import open_speaker
+from layerwise.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 from layerwise.roles import Generator
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial
+from layerwise.trials.saying import context_trials, next_trials
+from layerwise.trials.streaming import streaming_trials
 
 PROMPTS = 12
 PROMPT_TOKENS = 64
@@ -41,6 +50,7 @@ TIME = "time of one thread, plain = 1"
 REFUSED = "refused share of drafted tokens"
 FOREIGN = "tokens that the network would not choose"
 METRICS = (FULL, BLOCKS, TIME, REFUSED, FOREIGN)
+LEARNING_STEPS = 150
 FIXED = "tokens=4,floor=0"  # beside a setting that chooses its number of drafts
 
 
@@ -65,11 +75,44 @@ class Tally:
 
 
 def generator_trials(ground: Ground, technique: str) -> list[Trial]:
-    """Every setting against plain decoding of the same prompts."""
-    options = ground.prepared.options
-    network = open_speaker(options.model).network
-    prompts = prompts_of(ground, network)
-    settings = {str(found): found for found in settings_of(technique)}
+    """Every setting against plain decoding of the same prompts, by what its kind is judged by."""
+    speaker = open_speaker(ground.prepared.options.model)
+    prompts = prompts_of(ground, speaker.network)
+    kind = parse_generator(technique)
+    if kind.judged_by == "memory":
+        return streaming_trials(ground, settings_of(technique), prompts)
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
+        settings = learned(ground, speaker, settings_of(technique), Path(scratch))
+        if kind.judged_by == "context":
+            return context_trials(ground, speaker, settings)
+        if kind.judged_by == "next":
+            return next_trials(ground, speaker, settings)
+        return speed_trials(ground, speaker.network, settings, prompts)
+
+
+def learned(ground: Ground, speaker: Speaker, settings: Sequence[Generator], scratch: Path) -> dict[str, Generator]:
+    """Settings by name, ready to be used; those that learn the same learn once."""
+    if not settings[0].learns:
+        return {str(found): found for found in settings}
+    tokens = run_of_tokens(speaker, list(ground.prepared.calibration_text.lines))
+    seed = ground.prepared.options.seed
+    found: dict[str, Generator] = {}
+    heads: dict[str, Generator] = {}
+    for setting in settings:
+        brief = {f.name: LEARNING_STEPS for f in fields(setting) if f.name == "steps"}  # type: ignore[arg-type]
+        asked: Generator = replace(setting, **brief)  # type: ignore[type-var]
+        key = getattr(asked, "inputs", "")  # all else that heads of one run learn from is the same
+        if key not in heads:
+            (scratch / f"{len(heads)}").mkdir()
+            heads[key] = asked.learn(speaker.network, tokens, scratch / f"{len(heads)}", seed, ground.watch)
+        own = {f.name: getattr(heads[key], f.name) for f in fields(setting) if f.name in ("head", "heads")}  # type: ignore[arg-type]
+        found[str(asked)] = replace(setting, **own)  # type: ignore[type-var]
+    return found
+
+
+def speed_trials(
+    ground: Ground, network: CausalNetwork, settings: dict[str, Generator], prompts: Sequence[list[int]]
+) -> list[Trial]:
     tallies = {name: Tally() for name in (PLAIN, "repeat", *settings)}
     with ground.watch.stage(f"generate by {len(settings)} settings", len(prompts)) as advance:
         for prompt in prompts:
@@ -81,7 +124,15 @@ def generator_trials(ground: Ground, technique: str) -> list[Trial]:
             repeat(network, prompt, tallies["repeat"])
             advance()
     size = ground.network.checkpoint.safetensors_bytes
-    return [t for name, found in settings.items() for t in trials_of(name, found, tallies, len(network.blocks), size)]
+    trials = []
+    for name, found in settings.items():
+        if "inputs=" in name:
+            continue  # what the others are held against
+        trials += trials_of(name, found, tallies, len(network.blocks), size)
+        for other in (n for n in settings if "inputs=" in n and getattr(found, "width", 0) == 1):
+            figures = Figures("refused share of drafted tokens", tallies[name].refused, tallies[other].refused)
+            trials.append(Trial(Side(name, size, None), Side(other, size, None), figures))
+    return trials
 
 
 def trials_of(name: str, generator: Generator, tallies: dict[str, Tally], blocks: int, size: int) -> list[Trial]:
@@ -99,6 +150,8 @@ def trials_of(name: str, generator: Generator, tallies: dict[str, Tally], blocks
         trial(BLOCKS, passes(mine)[1], PLAIN, passes(plain)[1]),
         trial(TIME, mine.seconds / plain.seconds, PLAIN, 1.0),
     ]
+    if hasattr(generator, "head"):
+        del trials[1]  # guesses are made by a block that is none of the network's
     if getattr(generator, "tokens", 0):  # a setting that chooses may draft for one seed and not for another
         repeated = tallies["repeat"].refused
         trials.append(trial(REFUSED, mine.refused, "repeat the last token", repeated))
@@ -117,8 +170,10 @@ def settings_of(technique: str) -> list[Generator]:
     if options or not kind.menu:
         return [parse_generator(technique)]
     found = [parse_generator(f"{name}:{setting}") for setting in kind.menu]
-    if hasattr(kind, "floor"):
+    if hasattr(kind, "floor") and hasattr(kind, "most"):
         found += [parse_generator(f"{name}:{setting},{FIXED}") for setting in kind.menu]
+    if hasattr(kind, "inputs"):
+        found += [replace(kind, inputs=other) for other in ("unshifted", "feature", "token")]  # type: ignore[type-var]
     if hasattr(kind, "confidence"):
         found.append(replace(kind, confidence=0.0))  # type: ignore[type-var]
     return found

@@ -57,23 +57,70 @@ struct Product {
   const Matrix* matrix;
   const Activations* activations;
   int64_t first, last;
-  float* y;
+  Output out;
+  int64_t next;  // tile that nobody has taken yet; negative: every thread has its own run of them
+};
+
+// From so many tokens on tiles are taken one by one: a thread that is held up is not waited for.
+constexpr int64_t kShared = 16;
+
+void multiply_part(void* data, int part, int parts) {
+  auto& p = *static_cast<Product*>(data);
+  if (p.next >= 0) {
+    for (;;) {
+      const int64_t tile = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED);
+      if (tile >= p.last) return;
+      p.path->multiply(*p.matrix, *p.activations, tile, tile + 1, p.out);
+    }
+  }
+  const int64_t tiles = p.last - p.first;
+  const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
+  if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.out);
+}
+
+struct Quantization {
+  const Path* path;
+  const Matrix* matrix;
+  const Activations* activations;
+  const float* x;
   int64_t stride;
 };
 
-void multiply_part(void* data, int part, int parts) {
-  const auto& p = *static_cast<Product*>(data);
-  const int64_t tiles = p.last - p.first;
-  const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
-  const auto multiply = p.activations->codes != nullptr ? p.path->multiply_int8 : p.path->multiply_float;
-  if (first < last) multiply(*p.matrix, *p.activations, first, last, p.y, p.stride);
+void quantize_part(void* data, int part, int parts) {
+  const auto& q = *static_cast<Quantization*>(data);
+  const int64_t tokens = q.activations->tokens, first = tokens * part / parts, last = tokens * (part + 1) / parts;
+  q.path->quantize(*q.matrix, q.x, q.stride, first, last, *q.activations);
 }
+
+// Memory that a thread keeps for the activations of its next product: fresh pages would cost more than their contents.
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { free(memory); }
+
+  uint8_t* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      free(memory);
+      bytes = wanted + wanted / 2;
+      memory = aligned_memory(bytes);
+      if (memory == nullptr) bytes = 0;
+    }
+    return static_cast<uint8_t*>(memory);
+  }
+};
+
+thread_local Scratch scratch;
+
+size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
+int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
 void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
   const int64_t first = tiles * part / parts, last = tiles * (part + 1) / parts;
-  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.y + first * kRows, p.stride);
+  if (first < last) p.path->decode(*p.matrix, p.first + first, p.first + last, p.out.y + first * kRows, p.out.stride);
 }
 
 struct Reading {
@@ -90,11 +137,25 @@ void read_part(void* data, int part, int parts) {
   __atomic_fetch_xor(&r.found, sum, __ATOMIC_RELAXED);
 }
 
+struct Counting {
+  const Path* path;
+  int64_t rounds, products;
+  int32_t found;
+};
+
+void count_part(void* data, int, int) {
+  auto& c = *static_cast<Counting*>(data);
+  int32_t found = 0;
+  const int64_t products = c.path->dots(c.rounds, &found);
+  __atomic_fetch_add(&c.products, products, __ATOMIC_RELAXED);
+  __atomic_fetch_xor(&c.found, found, __ATOMIC_RELAXED);
+}
+
 }  // namespace
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 1; }
+LAYERWISE_API int32_t layerwise_version() { return 3; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -109,6 +170,12 @@ LAYERWISE_API void* layerwise_repack(const Stored* stored, int64_t size, int32_t
   return repack(*stored, threads);
 }
 
+// Rows of the stored form itself, see parts.h for what is returned.
+LAYERWISE_API int32_t layerwise_take(const void* stored, int64_t size, const int64_t* index, int64_t count, float* out) {
+  if (stored == nullptr || size != int64_t(sizeof(Stored)) || count < 0) return 4;
+  return take_rows(*static_cast<const Stored*>(stored), index, count, out);
+}
+
 LAYERWISE_API void* layerwise_copy(const void* matrix, int32_t threads) {
   return copy(*static_cast<const Matrix*>(matrix), threads);
 }
@@ -120,40 +187,43 @@ LAYERWISE_API int64_t layerwise_bytes(const void* matrix) {
 }
 
 // y [tokens, rows] = x [tokens, columns] W^T, both with a stride between tokens and 1 between features; any alignment
-// of a float. 0 done; 1 no such path; 2 the form has no int8 product; 3 no memory.
+// of a float. digits: of the activations, 1 to 3, see layout.h; tables take them as floats. 0 done; 1 no such path; 2 no
+// such digits; 3 no memory. bias: [rows], added to every token, or null.
 LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, const float* x, int64_t tokens,
-                                         int64_t x_stride, float* y, int64_t y_stride, int32_t int8, int32_t threads) {
+                                         int64_t x_stride, float* y, int64_t y_stride, const float* bias,
+                                         int32_t digits, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, 0, m.tiles, y, y_stride};
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}, tokens < kShared ? -1 : 0};
   if (p.path == nullptr) return 1;
-  if (int8 && m.table) return 2;
+  if (digits < 1 || digits > 3) return 2;
+  if (m.table) digits = 0;
   if (tokens < 1) return 0;
-  const size_t values = size_t(tokens) * size_t(m.width), sums = size_t(tokens) * size_t(m.blocks);
-  const size_t padded = (values * (int8 ? 1 : 4) + kLine - 1) / kLine * kLine;
-  auto* memory = static_cast<uint8_t*>(aligned_memory(padded + sums * 8));
+  const int64_t stride = token_stride(m.width * (m.table ? 4 : digits));
+  const size_t values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
+  uint8_t* memory = scratch.at_least(values + sums * size_t(8 + 4 * digits));
   if (memory == nullptr) return 3;
-  Activations a = {tokens, m.width, m.blocks, nullptr, nullptr, nullptr, nullptr, nullptr};
-  auto* first = reinterpret_cast<float*>(memory + padded);
-  if (int8) {
-    auto* counts = reinterpret_cast<int32_t*>(first + sums);
-    quantize(m, x, tokens, x_stride, reinterpret_cast<int8_t*>(memory), first, counts);
-    a.codes = reinterpret_cast<const int8_t*>(memory), a.steps = first, a.counts = counts;
+  Activations a = {tokens, m.blocks, stride, digits, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (m.table) {
+    a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
   } else {
-    spread(m, x, tokens, x_stride, reinterpret_cast<float*>(memory), first);
-    a.values = reinterpret_cast<const float*>(memory), a.sums = first;
+    a.codes = reinterpret_cast<int8_t*>(memory);
+    a.steps = reinterpret_cast<float*>(memory + values);
+    a.sums = a.steps + sums;
+    a.counts = a.sums + sums;
   }
+  Quantization q = {p.path, &m, &a, x, x_stride};
+  parallel(tokens < 8 ? 1 : useful_threads(int64_t(values), tokens, threads), quantize_part, &q);
   p.activations = &a;
   parallel(useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads), multiply_part, &p);
-  free(memory);
   return 0;
 }
 
-// Tiles first .. last-1 as float32, transposed: y [columns, stride], 16 values a tile. 0 done; 1 no such path; 4 no
+// Tiles first .. last-1 as float32, transposed: y [columns, stride], 32 values a tile. 0 done; 1 no such path; 4 no
 // such tiles.
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
                                        int64_t stride, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, first, last, y, stride};
+  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}, -1};
   if (p.path == nullptr) return 1;
   if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
   parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);
@@ -167,4 +237,22 @@ LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int3
   if (r.path == nullptr) return 0;
   parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
   return r.found;
+}
+
+// Products of codes and digits by every thread, with hardly a load; returns how many. The limit of large batches.
+LAYERWISE_API int64_t layerwise_dots(const char* path, int64_t rounds, int32_t threads) {
+  Counting c = {path_named(path), rounds, 0, 0};
+  if (c.path == nullptr || rounds < 1) return 0;
+  parallel(threads < 1 ? 1 : threads, count_part, &c);
+  return c.products;
+}
+
+// See parts.h. 0 done; 1 no such path; 3 no memory; 4 it does not fit together.
+LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size, int32_t threads) {
+  if (attention == nullptr || size != int64_t(sizeof(Attention))) return 4;
+  Attention a = *attention;
+  const Path* path = path_named(a.path);
+  if (path == nullptr) return 1;
+  a.path = path->name;
+  return attend(a, threads);
 }

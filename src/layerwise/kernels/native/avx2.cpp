@@ -15,10 +15,16 @@ struct Simd {
   using Bytes = Ints;
   static constexpr int kChains = 2;  // times two halves
   static constexpr int kTokens = 2;  // 8 sums of 16 registers
-  static constexpr int kInt8Tokens = 4;
+  static constexpr int kSums = 4;    // 8 of 16 registers
+  static constexpr int kPanelSums = 4;
+  static constexpr int kHalves = 1;
 
   static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
   static inline Bytes load(const uint8_t* from) { return {half(from), half(from + 32)}; }
+  static inline void keep(uint8_t* to, Bytes v) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), v.low);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + 32), v.high);
+  }
   static inline Bytes join(Bytes a, Bytes b) {
     return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)};
   }
@@ -41,6 +47,12 @@ struct Simd {
   static inline Ints bytes(const uint8_t* from) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
+  }
+  static inline Ints bits(Floats v) { return {_mm256_castps_si256(v.low), _mm256_castps_si256(v.high)}; }
+  static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane, whose value fits into it
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.low, v.high), 0xd8);
+    const __m128i packed = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), packed);
   }
   static inline Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
   static inline Floats plus(Floats a, Floats b) {
@@ -65,6 +77,9 @@ struct Simd {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
   }
   static inline Floats fused(Floats a, Floats b, Floats c) { return fma(a, b, c); }
+  static inline Floats less(Floats c, Floats a, Floats b) {  // c - a b
+    return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) {
     _mm256_storeu_ps(to, v.low);
@@ -129,15 +144,18 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
 
+constexpr int kReadAhead = 4096;
+
 uint64_t read_lines(const uint8_t* data, size_t bytes) {
   __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   for (size_t at = 0; at + 2 * kLine <= bytes; at += 2 * kLine) {
-    __builtin_prefetch(data + at + kAhead);
-    __builtin_prefetch(data + at + kAhead + kLine);
+    __builtin_prefetch(data + at + kReadAhead);
+    __builtin_prefetch(data + at + kReadAhead + kLine);
     for (int i = 0; i < 4; ++i) {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + at + 32 * i));
       sum[i] = _mm256_xor_si256(sum[i], v);
@@ -152,5 +170,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx2 = {"avx2", multiply_float, multiply_int8, decode, read_lines};
+const Path kAvx2 = {"avx2", multiply, decode, read_lines, dots, quantize};
 }

@@ -11,9 +11,12 @@ struct Simd {
   using Bytes = __m512i;
   static constexpr int kChains = 4;      // an addition takes four cycles: four sums keep the unit busy
   static constexpr int kTokens = 4;      // 16 sums of 32 registers
-  static constexpr int kInt8Tokens = 8;
+  static constexpr int kSums = 24;       // of 32 registers
+  static constexpr int kPanelSums = 24;
+  static constexpr int kHalves = 2;
 
   static inline Bytes load(const uint8_t* from) { return _mm512_load_si512(from); }
+  static inline void keep(uint8_t* to, Bytes v) { _mm512_store_si512(to, v); }
   static inline Bytes join(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 
   template <int kShift, int kMask>
@@ -33,6 +36,10 @@ struct Simd {
   static inline Ints bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static inline Ints bits(Floats v) { return _mm512_castps_si512(v); }
+  static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
+  }
   static inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
   static inline Floats plus(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static inline Floats minus(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
@@ -42,6 +49,7 @@ struct Simd {
   static inline Ints times(Ints a, Ints b) { return _mm512_mullo_epi32(a, b); }
   static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Floats less(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static inline Floats sum_chains(const Floats* s) { return plus(plus(s[0], s[1]), plus(s[2], s[3])); }
   static inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 
@@ -50,7 +58,9 @@ struct Simd {
   static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {
     int32_t four;
     __builtin_memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(sum, codes, _mm512_set1_epi32(four));
+    // Written out: with the intrinsic, GCC 12 copies every sum twice in each round of a loop, or leaves it in memory.
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(_mm512_set1_epi32(four)));
+    return sum;
   }
 
   // Codes of up to four bits are looked up (the permutation reads the low four bits of a lane, so nothing is masked);
@@ -84,16 +94,19 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
+
+constexpr int kReadAhead = 4096;
 
 uint64_t read_lines(const uint8_t* data, size_t bytes) {
   __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   size_t at = 0;
   for (; at + 4 * kLine <= bytes; at += 4 * kLine) {
     for (int i = 0; i < 4; ++i) {
-      __builtin_prefetch(data + at + kAhead + i * kLine);
+      __builtin_prefetch(data + at + kReadAhead + i * kLine);
       sum[i] = _mm512_xor_si512(sum[i], _mm512_loadu_si512(data + at + i * kLine));
     }
   }
@@ -104,5 +117,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx512 = {"avx512", multiply_float, multiply_int8, decode, read_lines};
+const Path kAvx512 = {"avx512", multiply, decode, read_lines, dots, quantize};
 }

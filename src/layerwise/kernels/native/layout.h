@@ -3,21 +3,23 @@
 // Only plain data is declared here. This header is read by files that are compiled for different instruction sets, and
 // a function in it could be compiled with AVX-512, kept by the linker as the one copy, and then be run everywhere.
 //
-// A tile is 16 output rows; a row is one 32-bit lane. Four consecutive columns of a row are the four bytes of its lane,
-// so that one dot-product instruction does 64 products and nothing is ever summed across lanes:
+// A tile is 32 output rows, two registers of 16; a row is one 32-bit lane. Four consecutive columns of a row are the four
+// bytes of its lane, so that one dot-product instruction does 64 products and nothing is ever summed across lanes:
 //
 //     64 bytes at 4 bits, columns k .. k+7      lane r, byte j:  q[r, k+j]  |  q[r, k+4+j] << 4
 //     64 bytes at 2 bits, columns k .. k+15     lane r, byte j:  q[r, k+j]  |  q[r, k+4+j] << 2  |  ..8.. |  ..12..
 //
 // Other widths are such planes one after the other, as in the stored form: 3 = 2 + 1, 6 = 4 + 2. A *unit* is the least
 // number of columns that fills every plane with whole lines (32 where there is a 1-bit plane, 16 with a 2-bit plane,
-// else 8 or 4). Tile after tile lies in memory:
+// else 8 or 4): first that of rows 0 .. 15, then that of rows 16 .. 31. A *block* is a run of columns with one scale: a
+// group, or a piece of a long one, so that sums stay short. Blocks lie in memory two and two, their scales in front of
+// their codes, so that a tile is one stream from end to end (scales behind all codes would be a second one, whose every
+// line comes too late: measured, a third of the time):
 //
-//     [ units of block 0, block 1, ... ][ 16 scales of each block ][ 16 zeros of each block ]    padded to 64 bytes
+//     [ 32 scales of each ][ 32 zeros of each ]  padded to 64 bytes  [ units of the first ][ units of the second ]  ...
 //
-// A *block* is a run of columns with one scale: a group, or a piece of a long one, so that sums stay short. Blocks are
-// padded to whole units with code 0, whose activation is 0. A matrix that is a sum of planes (ternary) has the blocks
-// of every plane; they read the same activations.
+// Blocks are padded to whole units with code 0, whose activation is 0. A matrix that is a sum of planes (ternary) has the
+// blocks of every plane; they read the same activations.
 #pragma once
 
 #include <stddef.h>
@@ -25,7 +27,8 @@
 
 namespace layerwise {
 
-constexpr int kRows = 16;
+constexpr int kRows = 32;  // of a tile
+constexpr int kHalf = 16;  // rows of a register
 constexpr int kLine = 64;
 constexpr int kLongestBlock = 256;
 
@@ -39,42 +42,63 @@ struct Block {
   int32_t padded;  // whole units
 };
 
+struct Places {  // of a block, inside a tile
+  int64_t scale, zero, codes;
+};
+
 struct Matrix {
   int64_t rows, columns, tiles;
   int64_t width;        // of a row of padded activations
   int64_t tile_bytes;   // of one tile, a multiple of 64
-  int64_t scale_at, zero_at;  // inside a tile
   int32_t bits, planes;
   int32_t blocks;       // of one plane; a tile has planes * blocks
-  int32_t centre;       // code that is subtracted from every code before it meets a float: less cancellation
+  int32_t centre;       // code that stands for zero where the form has no zeros
   ScaleKind scale_kind;
   ZeroKind zero_kind;   // none: the zero is `centre`
   int32_t table;        // 1: a code is a place in `levels` and has no zero
   Block* block;         // [blocks]
+  Places* places;       // [planes * blocks]
   uint8_t* data;        // tiles
-  float* factor;        // [tiles * 16] of the row, with scales of one byte; else null
+  float* factor;        // [tiles * 32] of the row, with scales of one byte; else null
   float levels[16];     // up to 4 bits: the value of every code, centred
   size_t bytes;         // of data
 };
 
-// Activations as the tile loops read them. Sums and scales are per token and block.
+// Activations as the tile loops read them: floats for tables, else whole numbers of a step for each token and block,
+//
+//     x ~ step (d0 + 256 d1 + 65536 d2),       digits from -128 to 127, as many as `digits`
+//
+// One digit is what is called int8 activations. Two hold what a bf16 value does, three what a float does, as long as the
+// values of a block are of a size: the error is 2^-16 and 2^-24 of the block's largest. Every sum of products with codes
+// is then exact in int32, and the results are the same bits on every path.
 struct Activations {
-  int64_t tokens, width, blocks;
-  const float* values;    // [tokens, width]
-  const float* sums;      // [tokens, blocks]  sum of the block's values
-  const int8_t* codes;    // [tokens, width]   -127 .. 127
-  const float* steps;     // [tokens, blocks]  value = code * step
-  const int32_t* counts;  // [tokens, blocks]  sum of the block's codes
+  int64_t tokens, blocks;
+  int64_t stride;         // of a token: floats of `values`, bytes of `codes`
+  int32_t digits;
+  float* values;    // [tokens, width]
+  int8_t* codes;    // [tokens, width / 4, digits, 4]
+  float* steps;     // [tokens, blocks]
+  float* counts;    // [tokens, blocks, digits]  sums of the digits: whole numbers below 2^16
+  float* sums;      // [tokens, blocks]  of the values, or of the whole numbers
 };
 
-// Tiles first .. last-1. `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].
-// decode: `y` is [columns, ...], transposed, with tile `first` at y[0]; all 16 rows of a tile are written.
+// Where a product goes: `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].
+struct Output {
+  float* y;
+  int64_t stride;
+  const float* bias;  // [rows], added to every token, or null
+};
+
+// Tiles first .. last-1.
+// decode: `y` is [columns, ...], transposed, with tile `first` at y[0]; all 32 rows of a tile are written.
+// spread, quantize: tokens first .. last-1 of x into the order of the blocks.
 struct Path {
   const char* name;
-  void (*multiply_float)(const Matrix&, const Activations&, int64_t first, int64_t last, float* y, int64_t stride);
-  void (*multiply_int8)(const Matrix&, const Activations&, int64_t first, int64_t last, float* y, int64_t stride);
+  void (*multiply)(const Matrix&, const Activations&, int64_t first, int64_t last, const Output& out);
   void (*decode)(const Matrix&, int64_t first, int64_t last, float* y, int64_t stride);
   uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every line: the limit that a product is held against
+  int64_t (*dots)(int64_t rounds, int32_t* found);  // nothing else: the limit of many tokens; how many products
+  void (*quantize)(const Matrix&, const float* x, int64_t x_stride, int64_t first, int64_t last, const Activations&);
 };
 
 extern const Path kPortable;

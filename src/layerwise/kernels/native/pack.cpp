@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "half.h"
 #include "parts.h"
 
 namespace layerwise {
@@ -54,14 +55,15 @@ void unpack_row(const Stored& s, const uint8_t* row, uint8_t* codes) {
 // One block of one row of a tile, into memory that is zero.
 void place_row(int bits, const Block& block, const uint8_t* codes, int row, uint8_t* out) {
   int widths[4];
-  const int count = plane_widths(bits, widths), unit = unit_columns(bits);
+  const int count = plane_widths(bits, widths), unit = unit_columns(bits), unit_bytes = 2 * unit * bits;
+  const int half = row / kHalf, lane = row % kHalf;
   for (int32_t k = 0; k < block.length; ++k) {
-    uint8_t* line = out + int64_t(k / unit) * 2 * unit * bits;
+    uint8_t* line = out + (int64_t(k / unit) * 2 + half) * unit_bytes;
     const int chunk = k % unit / 4;
     int code = codes[block.column + k];
     for (int i = 0; i < count; ++i) {
       const int width = widths[i], per_line = 8 / width;
-      uint8_t* to = line + kLine * (chunk / per_line) + 4 * row + k % 4;
+      uint8_t* to = line + kLine * (chunk / per_line) + 4 * lane + k % 4;
       *to = uint8_t(*to | (code & ((1 << width) - 1)) << (width * (chunk % per_line)));
       code >>= width;
       line += 2 * unit * width;
@@ -114,7 +116,6 @@ void pack_tiles(void* data, int part, int parts) {
   const Stored& s = *packing.stored;
   Matrix& m = *packing.matrix;
   const int64_t row_bytes = stored_row_bytes(s), groups = (s.columns + s.group - 1) / s.group;
-  const int64_t code_bytes = m.width * 2 * m.bits;  // of one plane of a tile
   const int scale_size = m.scale_kind == kScaleHalf ? 2 : 1, zero_size = m.zero_kind == kZeroHalf ? 2 : 1;
   auto* codes = static_cast<uint8_t*>(malloc(size_t(s.columns)));
   if (codes == nullptr) {
@@ -131,12 +132,12 @@ void pack_tiles(void* data, int part, int parts) {
         unpack_row(s, s.codes + of_plane * row_bytes, codes);
         for (int b = 0; b < m.blocks; ++b) {
           const Block& block = m.block[b];
-          place_row(m.bits, block, codes, lane, base + plane * code_bytes + block.place * 2 * m.bits);
+          const Places& places = m.places[plane * m.blocks + b];
+          place_row(m.bits, block, codes, lane, base + places.codes);
           const int64_t from = of_plane * groups + block.column / s.group;
-          const int64_t to = (int64_t(plane) * m.blocks + b) * kRows + lane;
-          memcpy(base + m.scale_at + to * scale_size, s.scale + from * scale_size, size_t(scale_size));
+          memcpy(base + places.scale + lane * scale_size, s.scale + from * scale_size, size_t(scale_size));
           if (m.zero_kind == kZeroNone) continue;
-          memcpy(base + m.zero_at + to * zero_size, s.zero + from * zero_size, size_t(zero_size));
+          memcpy(base + places.zero + lane * zero_size, s.zero + from * zero_size, size_t(zero_size));
         }
       }
     }
@@ -145,6 +146,24 @@ void pack_tiles(void* data, int part, int parts) {
 }
 
 int64_t lines(int64_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// Where everything of a tile is; returns its size.
+int64_t lay_out(Matrix& m) {
+  const int64_t scale_bytes = kRows * (m.scale_kind == kScaleHalf ? 2 : 1);
+  const int64_t zero_bytes = m.zero_kind == kZeroNone ? 0 : kRows * (m.zero_kind == kZeroHalf ? 2 : 1);
+  const int64_t all = int64_t(m.planes) * m.blocks;
+  int64_t at = 0;
+  for (int64_t first = 0; first < all; first += 2) {
+    const int64_t count = all - first < 2 ? 1 : 2;
+    int64_t codes = at + lines(count * (scale_bytes + zero_bytes));
+    for (int64_t i = 0; i < count; ++i) {
+      m.places[first + i] = {at + i * scale_bytes, at + count * scale_bytes + i * zero_bytes, codes};
+      codes += int64_t(m.block[(first + i) % m.blocks].padded) * kRows * m.bits / 8;
+    }
+    at = codes;
+  }
+  return at;
+}
 
 }  // namespace
 
@@ -175,10 +194,9 @@ Matrix* repack(const Stored& s, int threads) {
   m->block = static_cast<Block*>(malloc(size_t(blocks) * sizeof(Block)));
   if (m->block == nullptr) return release(m), nullptr;
   cut_blocks(s, m->block, &m->width);
-  m->scale_at = m->width * 2 * m->bits * m->planes;
-  const int64_t entries = blocks * m->planes * kRows;
-  m->zero_at = m->scale_at + entries * (m->scale_kind == kScaleHalf ? 2 : 1);
-  m->tile_bytes = lines(m->zero_at + (m->zero_kind == kZeroNone ? 0 : entries * (m->zero_kind == kZeroHalf ? 2 : 1)));
+  m->places = static_cast<Places*>(malloc(size_t(blocks * m->planes) * sizeof(Places)));
+  if (m->places == nullptr) return release(m), nullptr;
+  m->tile_bytes = lay_out(*m);
   m->bytes = size_t(m->tiles * m->tile_bytes);
   m->data = static_cast<uint8_t*>(aligned_memory(m->bytes));
   if (m->data == nullptr) return release(m), nullptr;
@@ -213,23 +231,63 @@ Matrix* copy(const Matrix& from, int threads) {
   auto* m = static_cast<Matrix*>(malloc(sizeof(Matrix)));
   if (m == nullptr) return nullptr;
   *m = from;
-  const size_t blocks = size_t(from.blocks) * sizeof(Block), factors = size_t(from.tiles * kRows) * sizeof(float);
+  const size_t blocks = size_t(from.blocks) * sizeof(Block), places = size_t(from.blocks * from.planes) * sizeof(Places);
+  const size_t factors = size_t(from.tiles * kRows) * sizeof(float);
   m->block = static_cast<Block*>(malloc(blocks));
+  m->places = static_cast<Places*>(malloc(places));
   m->data = static_cast<uint8_t*>(aligned_memory(from.bytes));
   m->factor = from.factor == nullptr ? nullptr : static_cast<float*>(aligned_memory(factors));
-  if (m->block == nullptr || m->data == nullptr || (from.factor != nullptr && m->factor == nullptr)) {
+  if (!m->block || !m->places || !m->data || (from.factor != nullptr && m->factor == nullptr)) {
     return release(m), nullptr;
   }
   memcpy(m->block, from.block, blocks);
+  memcpy(m->places, from.places, places);
   if (m->factor != nullptr) memcpy(m->factor, from.factor, factors);
   Copying copying = {&from, m};
   parallel(threads, copy_tiles, &copying);
   return m;
 }
 
+int take_rows(const Stored& s, const int64_t* index, int64_t count, float* out) {
+  if (!sound(s)) return 4;
+  for (int64_t i = 0; i < count; ++i) {
+    if (index[i] < 0 || index[i] >= s.rows) return 5;
+  }
+  auto* codes = static_cast<uint8_t*>(malloc(size_t(s.columns)));
+  if (codes == nullptr) return 3;
+  const int64_t row_bytes = stored_row_bytes(s), groups = (s.columns + s.group - 1) / s.group;
+  const auto half_at = [](const uint8_t* from) {
+    uint16_t half;
+    memcpy(&half, from, 2);
+    return half_to_float(half);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = out + i * s.columns;
+    for (int64_t plane = 0; plane < s.planes; ++plane) {
+      const int64_t of_plane = index[i] * s.planes + plane;
+      unpack_row(s, s.codes + of_plane * row_bytes, codes);
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t at = of_plane * groups + g, last = (g + 1) * s.group < s.columns ? (g + 1) * s.group : s.columns;
+        float scale = s.scale_kind == kScaleHalf ? half_at(s.scale + 2 * at) : float(s.scale[at]);
+        if (s.factor != nullptr) scale *= s.factor[index[i]];
+        float zero = float(s.centre);
+        if (s.zero_kind == kZeroByte) zero = float(s.zero[at]);
+        if (s.zero_kind == kZeroHalf) zero = half_at(s.zero + 2 * at);
+        for (int64_t k = g * s.group; k < last; ++k) {
+          const float value = (s.levels != nullptr ? s.levels[codes[k] & 15] : float(codes[k]) - zero) * scale;
+          to[k] = plane == 0 ? value : to[k] + value;
+        }
+      }
+    }
+  }
+  free(codes);
+  return 0;
+}
+
 void release(Matrix* m) {
   if (m == nullptr) return;
   free(m->block);
+  free(m->places);
   free(m->data);
   free(m->factor);
   free(m);

@@ -26,11 +26,28 @@ Matrix* repack(const Stored& stored, int threads);  // null: it does not fit tog
 Matrix* copy(const Matrix& matrix, int threads);         // null: there is no memory
 void release(Matrix* matrix);
 
-// Rows of `width` floats: the columns of every block, then zeros up to whole units; and the sum of each block.
-void spread(const Matrix& m, const float* x, int64_t tokens, int64_t stride, float* values, float* sums);
-// The same as int8 codes with a step for each token and block.
-void quantize(const Matrix& m, const float* x, int64_t tokens, int64_t stride, int8_t* codes, float* steps,
-              int32_t* counts);
+// Rows `index` [count] of the stored form as float32 [count, columns], each value as the form defines it. 0 done; 3 no
+// memory; 4 it does not fit together; 5 there is no such row.
+int take_rows(const Stored& stored, const int64_t* index, int64_t count, float* out);
+
+// Float32 tensors [sequences, heads, tokens, dim], the last side by side, strides in floats. `mask` is null or has a byte
+// for every sequence, query and key, strides of the first two: 0 where the key is not seen. A query that sees none
+// gets zeros. `out` is [sequences, queries, heads, dim], whole.
+struct Attention {
+  int64_t sequences, heads, queries, keys, dim;
+  const float *q, *k, *v;
+  int64_t q_stride[3], k_stride[3], v_stride[3];
+  const uint8_t* mask;
+  int64_t mask_stride[2];
+  float* out;
+  const char* path;
+  float scale;
+  int32_t failed;
+};
+
+constexpr int kLongestHead = 128;  // and a multiple of 32
+constexpr int kMostKeys = 1024;
+int attend(Attention& attention, int threads);  // 0 done; 3 no memory; 4 sizes it does not take
 
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.

@@ -2,22 +2,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "half.h"
 #include "layout.h"
 
 namespace {
-
-float half_to_float(uint16_t half) {
-  const uint32_t sign = uint32_t(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 31, mantissa = half & 1023;
-  float value;
-  if (exponent == 0) {  // zero and subnormals: a whole number of 2^-24
-    value = float(mantissa) * 0x1p-24f;
-    return sign ? -value : value;
-  }
-  const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
-  memcpy(&value, &bits, 4);
-  return value;
-}
 
 struct Simd {
   struct Floats {
@@ -31,7 +19,9 @@ struct Simd {
   };
   static constexpr int kChains = 2;
   static constexpr int kTokens = 1;
-  static constexpr int kInt8Tokens = 1;
+  static constexpr int kSums = 1;
+  static constexpr int kPanelSums = 1;
+  static constexpr int kHalves = 1;
 
 #define LAYERWISE_LANES(type, value)                     \
   type out;                                              \
@@ -43,6 +33,7 @@ struct Simd {
     memcpy(out.byte, from, 64);
     return out;
   }
+  static inline void keep(uint8_t* to, const Bytes& v) { memcpy(to, v.byte, 64); }
   static inline Bytes join(Bytes a, Bytes b) {
     for (int i = 0; i < 64; ++i) a.byte[i] |= b.byte[i];
     return a;
@@ -64,6 +55,14 @@ struct Simd {
     LAYERWISE_LANES(Floats, half_to_float(half[r]));
   }
   static inline Ints bytes(const uint8_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline Ints bits(const Floats& v) {
+    Ints out;
+    memcpy(out.lane, v.lane, 64);
+    return out;
+  }
+  static inline void keep_low(int8_t* to, const Ints& v) {  // the low byte of every lane
+    for (int r = 0; r < 16; ++r) to[r] = int8_t(v.lane[r]);
+  }
   static inline Floats to_float(Ints v) { LAYERWISE_LANES(Floats, float(v.lane[r])); }
   static inline Floats plus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] + b.lane[r]); }
   static inline Floats minus(Floats a, Floats b) { LAYERWISE_LANES(Floats, a.lane[r] - b.lane[r]); }
@@ -76,6 +75,7 @@ struct Simd {
   static inline Floats fused(Floats a, Floats b, Floats c) {
     LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
   }
+  static inline Floats less(Floats c, Floats a, Floats b) { LAYERWISE_LANES(Floats, c.lane[r] - a.lane[r] * b.lane[r]); }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES
@@ -109,6 +109,7 @@ struct Simd {
 
 }  // namespace
 
+#include "activations.h"
 #include "tile_loops.h"
 
 namespace {
@@ -128,5 +129,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kPortable = {"portable", multiply_float, multiply_int8, decode, read_lines};
+const Path kPortable = {"portable", multiply, decode, read_lines, dots, quantize};
 }

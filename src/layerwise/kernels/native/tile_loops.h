@@ -2,8 +2,12 @@
 // this. All of it is in the anonymous namespace, so that each file has copies of its own.
 //
 // Simd gives:  Floats, Ints (16 lanes), Bytes (64 bytes: 16 lanes of 4);  kChains (float sums per token), kTokens
-// (tokens at a time: both decided by the number of registers);  loads, broadcasts, fma, dot, and Weights.
+// (tokens at a time from float activations), kSums (int32 sums at a time, decided like both by the number of registers),
+// kHalves (registers of a tile at a time: 2 where an activation is worth loading once for both);  loads, broadcasts,
+// fma, dot, and Weights.
 #pragma once
+
+#include <string.h>
 
 #include "layout.h"
 
@@ -66,143 +70,396 @@ LAYERWISE_INLINE void each(Body&& body) {
   }
 }
 
-// The block's scales, and its zeros less the centre.
-LAYERWISE_INLINE Simd::Floats block_scale(const Matrix& m, const uint8_t* tile, int64_t block) {
-  const uint8_t* from = tile + m.scale_at;
-  if (m.scale_kind == kScaleHalf) return Simd::halves(from + block * 2 * kRows);
-  return Simd::to_float(Simd::bytes(from + block * kRows));
+// Half kHalf of a block's scales, and of its zeros less the centre.
+LAYERWISE_INLINE Simd::Floats block_scale(const Matrix& m, const uint8_t* tile, int64_t block, int half) {
+  const uint8_t* from = tile + m.places[block].scale;
+  if (m.scale_kind == kScaleHalf) return Simd::halves(from + half * 2 * kHalf);
+  return Simd::to_float(Simd::bytes(from + half * kHalf));
 }
 
-LAYERWISE_INLINE Simd::Floats block_zero(const Matrix& m, const uint8_t* tile, int64_t block) {
-  const uint8_t* from = tile + m.zero_at;
-  const Simd::Floats centre = Simd::same(float(m.centre));
-  if (m.zero_kind == kZeroByte) return Simd::minus(Simd::to_float(Simd::bytes(from + block * kRows)), centre);
-  return Simd::minus(Simd::halves(from + block * 2 * kRows), centre);
+LAYERWISE_INLINE Simd::Floats half_zero(const Matrix& m, const uint8_t* tile, int64_t block, int half) {
+  return Simd::halves(tile + m.places[block].zero + half * 2 * kHalf);
 }
 
-// Software prefetch this far ahead on the one stream of codes, into the second-level cache: measured on Zen 4 against
-// the first level (whose few outstanding misses then are the limit) and against the hardware alone, a tenth to a third.
-constexpr int kAhead = 4096;
+// How far ahead of a line that meets `kDots` dot products memory is asked for the next ones, into the second-level cache
+// (the first has too few outstanding misses). Measured on both cores of a Zen 4, share of the bandwidth of reading, at
+// 1, 2, 3-4, 8 and 16 KiB: 8 bits times one digit 85 89 89 70 70 %, 4 bits times one 90 85 65 72 73 %, 4 bits times three
+// .. 46 76 80 84 %, 2 bits times one .. 47 75 86 86 %. Quick loops have so many requests in flight by themselves that
+// more of them are in the way of one another; slow ones must be told early.
+// Widths of several planes take as long as many dot products, for the joining of their codes.
+constexpr int dots_of_line(int bits) { return bits == 8 || bits == 4 || bits == 2 ? 8 / bits : 4; }
 
-template <int kBytes>
+template <int kDots>
+constexpr int kAhead = kDots <= 1 ? 2048 : kDots <= 3 ? 1024 : 12288;
+
+template <int kBytes, int kDistance>
 LAYERWISE_INLINE void prefetch(const uint8_t* from) {
-  for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(from + kAhead + line, 0, 2);
+  if constexpr (kDistance > 0)
+    for (int line = 0; line < kBytes; line += kLine) __builtin_prefetch(from + kDistance + line, 0, 2);
 }
 
-LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, Simd::Floats value, float* y) {
-  const int64_t row = tile * kRows;
+LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, int half, Simd::Floats value, const Output& out,
+                                 int64_t token) {
+  const int64_t row = tile * kRows + half * kHalf;
+  float* y = out.y + token * out.stride;
   if (m.factor != nullptr) value = Simd::times(value, Simd::floats(m.factor + row));
-  if (row + kRows <= m.rows) {
+  if (row + kHalf <= m.rows) {
+    if (out.bias != nullptr) value = Simd::plus(value, Simd::floats(out.bias + row));
     Simd::store(y + row, value);
     return;
   }
-  float rest[kRows];
+  float rest[kHalf];
   Simd::store(rest, value);
-  for (int64_t r = row; r < m.rows; ++r) y[r] = rest[r - row];
+  for (int64_t r = row; r < m.rows; ++r) y[r] = rest[r - row] + (out.bias != nullptr ? out.bias[r] : 0.0f);
 }
 
-// y = sum over blocks of s (sum_k (q - c) x  -  (z - c) sum_k x), the scale once per block.
-template <int kBits, bool kTable, int kCount>
-void float_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
-  using U = Unit<kBits>;
+// ---------------------------------------------------------------- places in a table times floats
+
+// y = sum over blocks of s sum_k levels[q] x, the scale once per block.
+template <int kCount>
+void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
+  using U = Unit<4>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
-  const uint8_t* codes = base;
-  const Simd::Weights<kBits, kTable> weights(m);
-  const int64_t width = a.width;
-  Simd::Floats total[kCount];
-  for (int t = 0; t < kCount; ++t) total[t] = Simd::same(0.0f);
-  const int64_t all = int64_t(m.planes) * m.blocks;
-  for (int64_t b = 0; b < all; ++b) {
-    const int64_t own = b % m.blocks;
-    const Block& block = m.block[own];
-    const float* x = a.values + token * width + block.place;
-    Simd::Floats sum[kCount][Simd::kChains];
-    for (int t = 0; t < kCount; ++t)
-      for (int c = 0; c < Simd::kChains; ++c) sum[t][c] = Simd::same(0.0f);
-    for (int32_t k = 0; k < block.padded; k += U::columns, codes += U::bytes, x += U::columns) {
-      prefetch<U::bytes>(codes);
-      each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
-        constexpr int c = decltype(chunk)::value;
-        const auto prepared = weights.prepare(chunk_codes<kBits, c>(codes));
-        each<0, 4>([&](auto column) __attribute__((always_inline)) {
-          constexpr int j = decltype(column)::value;
-          const Simd::Floats w = weights.template column<j>(prepared);
+  const Simd::Weights<4, true> weights(m);
+  for (int half = 0; half < 2; ++half) {
+    Simd::Floats total[kCount];
+    for (int t = 0; t < kCount; ++t) total[t] = Simd::same(0.0f);
+    const int64_t all = int64_t(m.planes) * m.blocks;
+    for (int64_t b = 0; b < all; ++b) {
+      const Block& block = m.block[b % m.blocks];
+      const uint8_t* codes = base + m.places[b].codes + half * U::bytes;
+      const float* x = a.values + token * a.stride + block.place;
+      Simd::Floats sum[kCount][Simd::kChains];
+      for (int t = 0; t < kCount; ++t)
+        for (int c = 0; c < Simd::kChains; ++c) sum[t][c] = Simd::same(0.0f);
+      for (int32_t k = 0; k < block.padded; k += U::columns, codes += 2 * U::bytes, x += U::columns) {
+        if (half == 0) prefetch<2 * U::bytes, kAhead<8>>(codes);
+        each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
+          constexpr int c = decltype(chunk)::value;
+          const auto prepared = weights.prepare(chunk_codes<4, c>(codes));
+          each<0, 4>([&](auto column) __attribute__((always_inline)) {
+            constexpr int j = decltype(column)::value;
+            const Simd::Floats w = weights.template column<j>(prepared);
 #pragma GCC unroll 8
-          for (int t = 0; t < kCount; ++t) {
-            Simd::Floats& s = sum[t][j % Simd::kChains];
-            s = Simd::fma(w, Simd::same(x[t * width + 4 * c + j]), s);
-          }
+            for (int t = 0; t < kCount; ++t) {
+              Simd::Floats& s = sum[t][j % Simd::kChains];
+              s = Simd::fma(w, Simd::same(x[t * a.stride + 4 * c + j]), s);
+            }
+          });
         });
-      });
+      }
+      const Simd::Floats scale = block_scale(m, base, b, half);
+      for (int t = 0; t < kCount; ++t) total[t] = Simd::fma(scale, Simd::sum_chains(sum[t]), total[t]);
     }
-    const Simd::Floats scale = block_scale(m, base, b);
-    const bool shifted = m.zero_kind != kZeroNone;
-    const Simd::Floats zero = shifted ? block_zero(m, base, b) : Simd::same(0.0f);
-#pragma GCC unroll 8
-    for (int t = 0; t < kCount; ++t) {
-      Simd::Floats s = Simd::sum_chains(sum[t]);
-      if (shifted) s = Simd::minus(s, Simd::times(zero, Simd::same(a.sums[(token + t) * a.blocks + own])));
-      total[t] = Simd::fma(scale, s, total[t]);
-    }
+    for (int t = 0; t < kCount; ++t) store_rows(m, tile, half, total[t], out, token + t);
   }
-  for (int t = 0; t < kCount; ++t) store_rows(m, tile, total[t], y + (token + t) * stride);
 }
 
-// The same from int8 activations. What is rounded, and when, is the same on every path: results are equal bit for bit.
-template <int kBits, int kCount>
-void int8_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t token, float* y, int64_t stride) {
+// ---------------------------------------------------------------- codes times whole numbers
+
+struct Scaled {
+  Simd::Floats scale, sum;
+};
+
+// What a block's sums stand for. What is rounded, and when, is the same on every path. A sum of codes times digits is
+// below 255 * 128 * 256 < 2^23, and so is a zero times a sum of digits: both are whole floats, and so is what is between
+// them, which makes floats as exact here as integers, and quicker.
+template <int kDigits>
+LAYERWISE_INLINE Scaled finish(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
+                               int64_t at, const Simd::Ints* sum) {
+  const Simd::Floats zero = m.zero_kind == kZeroByte
+                                ? Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf))
+                                : Simd::same(float(m.centre));
+  Simd::Floats part[kDigits];
+  for (int d = 0; d < kDigits; ++d) {
+    part[d] = Simd::less(Simd::to_float(sum[d]), zero, Simd::same(a.counts[at * kDigits + d]));
+  }
+  Simd::Floats s = part[0];
+  if constexpr (kDigits > 1) s = Simd::fused(part[1], Simd::same(256.0f), s);
+  if constexpr (kDigits > 2) s = Simd::fused(part[2], Simd::same(65536.0f), s);
+  if (m.zero_kind == kZeroHalf) {
+    const Simd::Floats rest = Simd::minus(half_zero(m, base, b, half), zero);
+    s = Simd::minus(s, Simd::times(rest, Simd::same(a.sums[at])));
+  }
+  return {Simd::times(block_scale(m, base, b, half), Simd::same(a.steps[at])), s};
+}
+
+// Sums of one block: kHalves halves from the first unit's at `codes`, kCount tokens. A lone sum would wait for the last
+// dot product, so there are several of it.
+template <int kBits, int kDigits, int kCount, int kHalves, int kDistance>
+struct BlockSums {
   using U = Unit<kBits>;
-  const uint8_t* base = m.data + tile * m.tile_bytes;
-  const uint8_t* codes = base;
-  const int64_t width = a.width;
-  Simd::Floats total[kCount];
-  for (int t = 0; t < kCount; ++t) total[t] = Simd::same(0.0f);
-  const int64_t all = int64_t(m.planes) * m.blocks;
-  for (int64_t b = 0; b < all; ++b) {
-    const int64_t own = b % m.blocks;
-    const Block& block = m.block[own];
-    const int8_t* x = a.codes + token * width + block.place;
-    // One or two tokens would wait for the last dot product: they have several sums each, over several units.
-    constexpr int chains = kCount <= 2 ? 4 / kCount : 1;
-    constexpr int units = chains > U::chunks ? chains / U::chunks : 1;
-    Simd::Ints sum[kCount][chains];
-    for (int t = 0; t < kCount; ++t)
-      for (int c = 0; c < chains; ++c) sum[t][c] = Simd::whole(0);
-    const auto add_unit = [&](auto unit) __attribute__((always_inline)) {
-      prefetch<U::bytes>(codes);
-      each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
-        constexpr int c = decltype(chunk)::value;
-        constexpr int chain = (decltype(unit)::value * U::chunks + c) % chains;
-        const Simd::Bytes q = chunk_codes<kBits, c>(codes);
-#pragma GCC unroll 8
-        for (int t = 0; t < kCount; ++t) {
-          sum[t][chain] = Simd::template dot<kBits>(sum[t][chain], q, x + t * width + 4 * c);
-        }
+  static constexpr int kOwn = kHalves * kCount * kDigits;
+  static constexpr int kParts = kOwn >= 4 ? 1 : kOwn == 3 ? 2 : 4 / kOwn;
+  static constexpr int kUnits = kParts > U::chunks ? kParts / U::chunks : 1;  // at a time: enough chunks for all parts
+  Simd::Ints sum[kHalves][kCount][kDigits][kParts];
+
+  // Every index is a number that the compiler knows: an array that a loop counts through would lie in memory.
+  template <typename Body>
+  static LAYERWISE_INLINE void for_all(Body&& body) {
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
+        each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, d, h); });
       });
-      codes += U::bytes, x += U::columns;
-    };
+    });
+  }
+
+  template <typename Body>
+  static LAYERWISE_INLINE void for_totals(Body&& body) {
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, h); });
+    });
+  }
+
+  template <int kUnit>
+  LAYERWISE_INLINE void add_unit(const uint8_t* codes, const int8_t* x, int64_t stride) {
+    prefetch<2 * U::bytes, kDistance>(codes);
+    each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
+      constexpr int c = decltype(chunk)::value;
+      constexpr int part = (kUnit * U::chunks + c) % kParts;
+      Simd::Bytes q[kHalves];
+      q[0] = chunk_codes<kBits, c>(codes);
+      if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
+      for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+        constexpr int digit = decltype(d)::value, half = decltype(h)::value, token = decltype(t)::value;
+        Simd::Ints& s = sum[half][token][digit][part];
+        s = Simd::template dot<kBits>(s, q[half], x + token * stride + (c * kDigits + digit) * 4);
+      });
+    });
+  }
+
+  LAYERWISE_INLINE void add(const uint8_t* codes, const int8_t* x, int64_t stride, int32_t columns) {
+    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+      each<0, kParts>([&](auto p) __attribute__((always_inline)) {
+        sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][decltype(p)::value] = Simd::whole(0);
+      });
+    });
     int32_t k = 0;
-    for (; k + units * U::columns <= block.padded; k += units * U::columns) each<0, units>(add_unit);
-    for (; k < block.padded; k += U::columns) add_unit(Number<0>());
-    const Simd::Floats scale = block_scale(m, base, b);
-#pragma GCC unroll 8
-    for (int t = 0; t < kCount; ++t) {
-      const int64_t at = (token + t) * a.blocks + own;
-      const int32_t count = a.counts[at];
-      Simd::Ints products = sum[t][0];
-      for (int c = 1; c < chains; ++c) products = Simd::plus(products, sum[t][c]);
-      Simd::Floats s;
-      if (m.zero_kind == kZeroByte) {
-        const Simd::Ints zero = Simd::bytes(base + m.zero_at + b * kRows);
-        s = Simd::to_float(Simd::minus(products, Simd::times(zero, Simd::whole(count))));
-      } else {
-        s = Simd::to_float(Simd::minus(products, Simd::whole(m.centre * count)));
-        if (m.zero_kind == kZeroHalf) s = Simd::minus(s, Simd::times(block_zero(m, base, b), Simd::same(float(count))));
+    for (; k + kUnits * U::columns <= columns; k += kUnits * U::columns) {
+      each<0, kUnits>([&](auto unit) __attribute__((always_inline)) {
+        add_unit<decltype(unit)::value>(codes, x, stride);
+        codes += 2 * U::bytes, x += U::columns * kDigits;
+      });
+    }
+    if constexpr (kUnits > 1) {
+      for (; k < columns; k += U::columns) {
+        add_unit<0>(codes, x, stride);
+        codes += 2 * U::bytes, x += U::columns * kDigits;
       }
-      total[t] = Simd::fused(Simd::times(scale, Simd::same(a.steps[at])), s, total[t]);
+    }
+    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
+      Simd::Ints* parts = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value];
+      each<1, kParts>([&](auto p) __attribute__((always_inline)) {
+        parts[0] = Simd::plus(parts[0], parts[decltype(p)::value]);
+      });
+    });
+  }
+
+  // What the sums stand for, added to total(token, half).
+  template <typename Total>
+  LAYERWISE_INLINE void finish_all(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
+                                   int64_t token, Total&& total) {
+    const int64_t own = b % m.blocks;
+    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
+      each<0, kHalves>([&](auto h) __attribute__((always_inline)) {
+        Simd::Ints whole[kDigits];
+        each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
+          whole[decltype(d)::value] = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][0];
+        });
+        const int64_t at = (token + decltype(t)::value) * a.blocks + own;
+        total(t, h, finish<kDigits>(m, a, base, b, half + decltype(h)::value, at, whole));
+      });
+    });
+  }
+};
+
+// A few tokens: the codes are decoded for each of them again, in registers.
+template <int kBits, int kDigits, int kCount>
+void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
+  constexpr int kHalves = Simd::kHalves, kDistance = kAhead<dots_of_line(kBits) * kDigits * kCount>;
+  using Sums = BlockSums<kBits, kDigits, kCount, kHalves, kDistance>;
+  const uint8_t* base = m.data + tile * m.tile_bytes;
+  const int64_t all = int64_t(m.planes) * m.blocks;
+  for (int half = 0; half < 2; half += kHalves) {
+    Simd::Floats total[kCount][kHalves];
+    Sums::for_totals([&](auto t, auto h) __attribute__((always_inline)) {
+      total[decltype(t)::value][decltype(h)::value] = Simd::same(0.0f);
+    });
+    for (int64_t b = 0; b < all; ++b) {
+      const Block& block = m.block[b % m.blocks];
+      const uint8_t* codes = base + m.places[b].codes;
+      if (half == 0 && b % 2 == 0) prefetch<3 * kLine, kDistance>(base + m.places[b].scale);
+      const int8_t* x = a.codes + token * a.stride + block.place * kDigits;
+      Sums sums;
+      sums.add(codes + half * Unit<kBits>::bytes, x, a.stride, block.padded);
+      sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
+        Simd::Floats& own = total[decltype(t)::value][decltype(h)::value];
+        own = Simd::fused(v.scale, v.sum, own);
+      });
+    }
+    Sums::for_totals([&](auto t, auto h) __attribute__((always_inline)) {
+      store_rows(m, tile, half + decltype(h)::value, total[decltype(t)::value][decltype(h)::value],
+                 out, token + decltype(t)::value);
+    });
+  }
+}
+
+// ---------------------------------------------------------------- many tokens
+
+// A block as the products of many tokens read it, decoded once into the first cache.
+struct Panel {
+  alignas(kLine) uint8_t wide[kLongestBlock * kRows];  // codes as bytes, in units of 8 bits
+  alignas(kLine) float scale[kRows], zero[kRows];      // a zero of 16 bits is cut in two: the centre, and the rest
+  alignas(kLine) float rest[kRows];
+  const uint8_t* codes;                                // `wide`, or those of the matrix where it has bytes
+  int32_t columns;
+};
+
+// Of some tokens: where the activations of the block begin, and what their steps and counts are.
+struct Given {
+  const int8_t* x;
+  int64_t stride;  // of a token of x
+  const float *steps, *counts, *sums;
+  int64_t blocks;  // from the step of a token to the next one's
+};
+
+// The codes of a block as bytes.
+template <int kBits>
+LAYERWISE_INLINE void widen(const uint8_t* codes, int32_t columns, uint8_t* to) {
+  using U = Unit<kBits>;
+  for (int32_t k = 0; k < columns; k += U::columns, codes += 2 * U::bytes) {
+    each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
+      constexpr int c = decltype(chunk)::value;
+      Simd::keep(to, chunk_codes<kBits, c>(codes));
+      Simd::keep(to + kLine, chunk_codes<kBits, c>(codes + U::bytes));
+      to += 2 * kLine;
+    });
+  }
+}
+
+template <int kBits>
+LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_t b, Panel& panel) {
+  const uint8_t* from = base + m.places[b].codes;
+  panel.columns = m.block[b % m.blocks].padded;
+  panel.codes = kBits < 8 ? panel.wide : from;
+  if constexpr (kBits < 8) widen<kBits>(from, panel.columns, panel.wide);
+  const Simd::Floats centre = Simd::same(float(m.centre));
+  for (int half = 0; half < 2; ++half) {
+    Simd::store(panel.scale + half * kHalf, block_scale(m, base, b, half));
+    const bool bytes = m.zero_kind == kZeroByte;
+    Simd::store(panel.zero + half * kHalf,
+                bytes ? Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf)) : centre);
+    if (m.zero_kind != kZeroHalf) continue;
+    Simd::store(panel.rest + half * kHalf, Simd::minus(half_zero(m, base, b, half), centre));
+  }
+}
+
+// Adds the block's part of kCount tokens to totals [kCount, 32]. Plain loops over plain arrays, in a function of its own:
+// written otherwise, GCC 12 keeps some of the sums in memory and moves the others about in every round (measured: half
+// of the speed). The same arithmetic as `finish`.
+template <int kDigits, int kCount, bool kRest>
+__attribute__((noinline)) void panel_tokens(const Panel& panel, const Given& given, float* totals) {
+  constexpr int kHalves = Simd::kHalves;
+  const int64_t stride = given.stride, blocks = given.blocks;
+  const float *counts = given.counts, *steps = given.steps, *sums = given.sums;
+  for (int half = 0; half < 2; half += kHalves) {
+    Simd::Ints sum[kCount][kDigits][kHalves];
+#pragma GCC unroll 32
+    for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+      for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) sum[t][d][h] = Simd::whole(0);
+    const int8_t* x = given.x;
+    const uint8_t* codes = panel.codes + half * kLine;
+    const uint8_t* end = codes + int64_t(panel.columns) * kRows;
+    for (; codes != end; codes += 2 * kLine, x += 4 * kDigits) {
+      Simd::Bytes q[kHalves];
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d)
+#pragma GCC unroll 2
+          for (int h = 0; h < kHalves; ++h)
+            sum[t][d][h] = Simd::template dot<8>(sum[t][d][h], q[h], x + t * stride + 4 * d);
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h) {
+      const int first = (half + h) * kHalf;
+      const Simd::Floats scale = Simd::floats(panel.scale + first), zero = Simd::floats(panel.zero + first);
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t) {
+        const float* count = counts + t * blocks * kDigits;
+        Simd::Floats s = Simd::less(Simd::to_float(sum[t][0][h]), zero, Simd::same(count[0]));
+        if constexpr (kDigits > 1) {
+          s = Simd::fused(Simd::less(Simd::to_float(sum[t][1][h]), zero, Simd::same(count[1])), Simd::same(256.0f), s);
+        }
+        if constexpr (kDigits > 2) {
+          s = Simd::fused(Simd::less(Simd::to_float(sum[t][2][h]), zero, Simd::same(count[2])), Simd::same(65536.0f), s);
+        }
+        if constexpr (kRest) {
+          s = Simd::minus(s, Simd::times(Simd::floats(panel.rest + first), Simd::same(sums[t * blocks])));
+        }
+        float* own = totals + t * kRows + first;
+        Simd::store(own, Simd::fused(Simd::times(scale, Simd::same(steps[t * blocks])), s, Simd::floats(own)));
+      }
     }
   }
-  for (int t = 0; t < kCount; ++t) store_rows(m, tile, total[t], y + (token + t) * stride);
+}
+
+template <int kDigits, int kCount>
+LAYERWISE_INLINE void panel_of(const Matrix& m, const Activations& a, const Panel& panel, int64_t b, int64_t token,
+                               float* totals) {
+  const int64_t own = b % m.blocks, at = token * a.blocks + own;
+  const Given given = {a.codes + token * a.stride + m.block[own].place * kDigits, a.stride, a.steps + at,
+                       a.counts + at * kDigits, a.sums + at, a.blocks};
+  if (m.zero_kind == kZeroHalf) {
+    panel_tokens<kDigits, kCount, true>(panel, given, totals);
+  } else {
+    panel_tokens<kDigits, kCount, false>(panel, given, totals);
+  }
+}
+
+constexpr int kPanelTokens = 96;  // whose totals, with the activations of a block, lie in the first cache
+constexpr int kKeptPanels = 24;   // of a tile, in the second: no more are kept from one round to the next
+
+template <int kBits, int kDigits>
+void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
+  constexpr int kMost = Simd::kPanelSums / (Simd::kHalves * kDigits);
+  constexpr int kTogether = kMost > 8 ? 8 : kMost > 0 ? kMost : 1;
+  constexpr int kFit = kPanelTokens / kDigits / kTogether * kTogether;
+  Panel panels[kKeptPanels];
+  alignas(kLine) float totals[kPanelTokens * kRows];
+  const uint8_t* base = m.data + tile * m.tile_bytes;
+  const int64_t all = int64_t(m.planes) * m.blocks;
+  // As many rounds as are needed, alike: a last one of few tokens would decode everything for little.
+  const int64_t rounds = (a.tokens + kFit - 1) / kFit;
+  const int64_t each_round = (a.tokens + rounds * kTogether - 1) / (rounds * kTogether) * kTogether;
+  const bool keep = rounds > 1 && all <= kKeptPanels;
+  for (int64_t first = 0; first < a.tokens; first += each_round) {
+    const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
+    memset(totals, 0, size_t(last - first) * kRows * sizeof(float));
+    for (int64_t b = 0; b < all; ++b) {
+      Panel& panel = panels[keep ? b : 0];
+      if (!keep || first == 0) prepare_panel<kBits>(m, base, b, panel);
+      int64_t t = first;
+      for (; t + kTogether <= last; t += kTogether) {
+        panel_of<kDigits, kTogether>(m, a, panel, b, t, totals + (t - first) * kRows);
+      }
+      if constexpr (kTogether > 4) {
+        for (; t + 4 <= last; t += 4) panel_of<kDigits, 4>(m, a, panel, b, t, totals + (t - first) * kRows);
+      }
+      for (; t < last; ++t) panel_of<kDigits, 1>(m, a, panel, b, t, totals + (t - first) * kRows);
+    }
+    for (int64_t t = first; t < last; ++t) {
+      for (int half = 0; half < 2; ++half) {
+        if (tile * kRows + half * kHalf >= m.rows) break;
+        store_rows(m, tile, half, Simd::floats(totals + (t - first) * kRows + half * kHalf), out, t);
+      }
+    }
+  }
 }
 
 // Values as the stored form defines them, (q - z) * s in float32 and planes added in order: equal to it bit for bit.
@@ -210,74 +467,69 @@ template <int kBits, bool kTable>
 void decode_tile(const Matrix& m, int64_t tile, float* y, int64_t stride) {
   using U = Unit<kBits>;
   const uint8_t* base = m.data + tile * m.tile_bytes;
-  const uint8_t* codes = base;
   const Simd::Weights<kBits, kTable> weights(m);
   const int64_t all = int64_t(m.planes) * m.blocks;
   for (int64_t b = 0; b < all; ++b) {
     const Block& block = m.block[b % m.blocks];
     const bool more = b >= m.blocks;
-    Simd::Floats scale = block_scale(m, base, b);
-    if (m.factor != nullptr) scale = Simd::times(scale, Simd::floats(m.factor + tile * kRows));
-    const bool shifted = m.zero_kind != kZeroNone;
-    // A float zero must be subtracted from the code itself: the centre would be rounded away from it first.
-    const bool whole = m.zero_kind == kZeroHalf;
-    const Simd::Floats centre = Simd::same(whole ? float(m.centre) : 0.0f);
-    const Simd::Floats zero = !shifted ? Simd::same(0.0f)
-                              : whole  ? Simd::halves(base + m.zero_at + b * 2 * kRows)
-                                       : block_zero(m, base, b);
-    for (int32_t k = 0; k < block.padded; k += U::columns, codes += U::bytes) {
-      each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
-        constexpr int c = decltype(chunk)::value;
-        const auto prepared = weights.prepare(chunk_codes<kBits, c>(codes));
-        each<0, 4>([&](auto column) __attribute__((always_inline)) {
-          constexpr int j = decltype(column)::value;
-          const int32_t place = k + 4 * c + j;
-          if (place >= block.length) return;
-          Simd::Floats w = weights.template column<j>(prepared);
-          if (whole) w = Simd::plus(w, centre);
-          w = Simd::times(Simd::minus(w, zero), scale);
-          float* to = y + (block.column + place) * stride;
-          Simd::store(to, more ? Simd::plus(Simd::floats(to), w) : w);
+    for (int half = 0; half < 2; ++half) {
+      const uint8_t* codes = base + m.places[b].codes + half * U::bytes;
+      Simd::Floats scale = block_scale(m, base, b, half);
+      if (m.factor != nullptr) scale = Simd::times(scale, Simd::floats(m.factor + tile * kRows + half * kHalf));
+      // A float zero must be subtracted from the code itself: the centre would be rounded away from it first.
+      const bool whole = m.zero_kind == kZeroHalf;
+      const Simd::Floats centre = Simd::same(float(m.centre));
+      Simd::Floats zero = Simd::same(0.0f);
+      if (whole) zero = half_zero(m, base, b, half);
+      if (m.zero_kind == kZeroByte) {
+        zero = Simd::minus(Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf)), centre);
+      }
+      for (int32_t k = 0; k < block.padded; k += U::columns, codes += 2 * U::bytes) {
+        each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
+          constexpr int c = decltype(chunk)::value;
+          const auto prepared = weights.prepare(chunk_codes<kBits, c>(codes));
+          each<0, 4>([&](auto column) __attribute__((always_inline)) {
+            constexpr int j = decltype(column)::value;
+            const int32_t place = k + 4 * c + j;
+            if (place >= block.length) return;
+            Simd::Floats w = weights.template column<j>(prepared);
+            if (whole) w = Simd::plus(w, centre);
+            w = Simd::times(Simd::minus(w, zero), scale);
+            float* to = y + (block.column + place) * stride + half * kHalf;
+            Simd::store(to, more ? Simd::plus(Simd::floats(to), w) : w);
+          });
         });
-      });
+      }
     }
   }
 }
 
 // ---------------------------------------------------------------- from run-time numbers to the templates
 
-template <int kBits, bool kTable>
-void float_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
+void table_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
   for (int64_t tile = first; tile < last; ++tile) {
     int64_t t = 0;
-    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) {
-      float_tile<kBits, kTable, Simd::kTokens>(m, a, tile, t, y, stride);
-    }
-    if constexpr (Simd::kTokens > 2) {
-      for (; t + 2 <= a.tokens; t += 2) float_tile<kBits, kTable, 2>(m, a, tile, t, y, stride);
-    }
-    for (; t < a.tokens; ++t) float_tile<kBits, kTable, 1>(m, a, tile, t, y, stride);
+    for (; t + Simd::kTokens <= a.tokens; t += Simd::kTokens) table_tile<Simd::kTokens>(m, a, tile, t, out);
+    for (; t < a.tokens; ++t) table_tile<1>(m, a, tile, t, out);
   }
 }
 
-template <int kBits>
-void int8_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
+template <int kBits, int kDigits>
+void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
+  constexpr int kMost = Simd::kSums / (Simd::kHalves * kDigits);
   for (int64_t tile = first; tile < last; ++tile) {
+    if (a.tokens > 8) {
+      many_tokens<kBits, kDigits>(m, a, tile, out);
+      continue;
+    }
     int64_t t = 0;
-    for (; t + Simd::kInt8Tokens <= a.tokens; t += Simd::kInt8Tokens) {
-      int8_tile<kBits, Simd::kInt8Tokens>(m, a, tile, t, y, stride);
-    }
-    if constexpr (Simd::kInt8Tokens > 2) {
-      for (; t + 2 <= a.tokens; t += 2) int8_tile<kBits, 2>(m, a, tile, t, y, stride);
-    }
-    for (; t < a.tokens; ++t) int8_tile<kBits, 1>(m, a, tile, t, y, stride);
-  }
-}
-
-template <int kBits, bool kTable>
-void decode_tiles(const Matrix& m, int64_t first, int64_t last, float* y, int64_t stride) {
-  for (int64_t tile = first; tile < last; ++tile) {
-    decode_tile<kBits, kTable>(m, tile, y + (tile - first) * kRows, stride);
+    if constexpr (kMost >= 8)
+      for (; t + 8 <= a.tokens; t += 8) few_tokens<kBits, kDigits, 8>(m, a, tile, t, out);
+    if constexpr (kMost >= 4)
+      for (; t + 4 <= a.tokens; t += 4) few_tokens<kBits, kDigits, 4>(m, a, tile, t, out);
+    if constexpr (kMost >= 2)
+      for (; t + 2 <= a.tokens; t += 2) few_tokens<kBits, kDigits, 2>(m, a, tile, t, out);
+    for (; t < a.tokens; ++t) few_tokens<kBits, kDigits, 1>(m, a, tile, t, out);
   }
 }
 
@@ -295,18 +547,52 @@ LAYERWISE_INLINE void with_bits(const Matrix& m, What&& what) {
   }
 }
 
-void multiply_float(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
-  if (m.table) return float_tiles<4, true>(m, a, first, last, y, stride);
-  with_bits(m, [&](auto bits) { float_tiles<decltype(bits)::value, false>(m, a, first, last, y, stride); });
+void multiply(const Matrix& m, const Activations& a, int64_t first, int64_t last, const Output& out) {
+  if (m.table) return table_tiles(m, a, first, last, out);
+  with_bits(m, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    if (a.digits == 1) return whole_tiles<kBits, 1>(m, a, first, last, out);
+    if (a.digits == 2) return whole_tiles<kBits, 2>(m, a, first, last, out);
+    return whole_tiles<kBits, 3>(m, a, first, last, out);
+  });
 }
 
-void multiply_int8(const Matrix& m, const Activations& a, int64_t first, int64_t last, float* y, int64_t stride) {
-  with_bits(m, [&](auto bits) { int8_tiles<decltype(bits)::value>(m, a, first, last, y, stride); });
+// Dot products of what the first cache holds, as many at a time as there are sums, and nothing else.
+int64_t dots(int64_t rounds, int32_t* found) {
+  constexpr int kOwn = Simd::kPanelSums < 16 ? Simd::kPanelSums : 16;
+  Simd::Ints sum[kOwn];
+  alignas(kLine) uint8_t bytes[kLine];
+  memset(bytes, 3, sizeof(bytes));
+  int8_t x[4 * kOwn];
+  memset(x, 1, sizeof(x));
+#pragma GCC unroll 16
+  for (int i = 0; i < kOwn; ++i) sum[i] = Simd::whole(i);
+  for (int64_t round = 0; round < rounds; ++round) {
+    __asm__ volatile("" : : "r"(bytes), "r"(x) : "memory");  // or the compiler would work part of it out beforehand
+    const Simd::Bytes codes = Simd::load(bytes);
+#pragma GCC unroll 16
+    for (int i = 0; i < kOwn; ++i) sum[i] = Simd::template dot<7>(sum[i], codes, x + 4 * i);
+  }
+#pragma GCC unroll 16
+  for (int i = 1; i < kOwn; ++i) sum[0] = Simd::plus(sum[0], sum[i]);
+  memcpy(found, &sum[0], sizeof(*found));
+  return rounds * kOwn * kLine;
 }
 
 void decode(const Matrix& m, int64_t first, int64_t last, float* y, int64_t stride) {
-  if (m.table) return decode_tiles<4, true>(m, first, last, y, stride);
-  with_bits(m, [&](auto bits) { decode_tiles<decltype(bits)::value, false>(m, first, last, y, stride); });
+  with_bits(m, [&](auto bits) {
+    constexpr int kBits = decltype(bits)::value;
+    for (int64_t tile = first; tile < last; ++tile) {
+      float* to = y + (tile - first) * kRows;
+      if constexpr (kBits == 4) {
+        if (m.table) {
+          decode_tile<4, true>(m, tile, to, stride);
+          continue;
+        }
+      }
+      decode_tile<kBits, false>(m, tile, to, stride);
+    }
+  });
 }
 
 }  // namespace

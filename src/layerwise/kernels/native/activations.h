@@ -1,0 +1,140 @@
+// Activations, brought into the order of the blocks: as they are, or as digits. Compiled for every instruction set, with
+// nothing in it that one of them would round differently, so that all paths multiply the same integers.
+#pragma once
+
+#include <math.h>
+#include <string.h>
+
+#include "layout.h"
+
+namespace {
+
+using namespace layerwise;
+
+void spread(const float* x, const Block& block, float* to) {
+  memcpy(to, x + block.column, size_t(block.length) * sizeof(float));
+  for (int k = block.length; k < block.padded; ++k) to[k] = 0.0f;
+}
+
+// max |x| as the bits of a float, which are in the order of the floats; what is not finite is the largest.
+static inline uint32_t largest_of(const float* x, int length) {
+  uint32_t largest = 0;
+  for (int k = 0; k < length; ++k) {
+    uint32_t bits;
+    memcpy(&bits, x + k, 4);
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+static inline float rounded(float v) {  // to a whole number, ties to even; |v| < 2^22
+  const float magic = 12582912.0f;  // 1.5 * 2^23
+  return (v + magic) - magic;
+}
+
+static inline int32_t within(int32_t v, int32_t most) { return v > most ? most : v < -most ? -most : v; }
+
+// One digit of a block. The sum with 1.5 * 2^23 holds the whole number in its low bits; none is beyond 127, since it is
+// 127 times the share of the largest.
+static inline void one_digit(const float* x, const Block& block, float inverse, int8_t* to, float* count) {
+  const float* from = x + block.column;
+  const Simd::Floats by = Simd::same(inverse), magic = Simd::same(12582912.0f);
+  const Simd::Ints bottom = Simd::whole(0x4b400000);
+  Simd::Ints sums = Simd::whole(0);
+  int k = 0;
+  for (; k + kHalf <= block.length; k += kHalf) {
+    const Simd::Ints digits = Simd::minus(Simd::bits(Simd::plus(Simd::times(Simd::floats(from + k), by), magic)), bottom);
+    sums = Simd::plus(sums, digits);
+    Simd::keep_low(to + k, digits);
+  }
+  int32_t lanes[kHalf], sum = 0;
+  memcpy(lanes, &sums, sizeof(lanes));
+  for (int lane = 0; lane < kHalf; ++lane) sum += lanes[lane];
+  for (; k < block.length; ++k) {
+    to[k] = int8_t(rounded(from[k] * inverse));
+    sum += to[k];
+  }
+  memset(to + k, 0, size_t(block.padded - k));
+  *count = float(sum);
+}
+
+// Whole numbers of one block, as digits from -128 to 127, the lowest first.
+template <int kDigits>
+static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, float* counts) {
+  alignas(kLine) int8_t digit[kDigits][kLongestBlock];
+  int32_t count[3] = {};
+  for (int k = 0; k < block.length; ++k) {
+    const float v = x[block.column + k] * inverse;
+    if constexpr (kDigits == 2) {
+      const int32_t whole = within(int32_t(rounded(v)), 32639);
+      const int32_t high = (whole + 128) >> 8;
+      digit[1][k] = int8_t(high);
+      digit[0][k] = int8_t(whole - high * 256);
+    } else {
+      const int32_t upper = within(int32_t(rounded(v * 0.00390625f)), 32639);
+      const int32_t high = (upper + 128) >> 8;
+      digit[2][k] = int8_t(high);
+      digit[1][k] = int8_t(upper - high * 256);
+      digit[0][k] = int8_t(within(int32_t(rounded(v - float(upper) * 256.0f)), 127));
+    }
+  }
+  for (int d = 0; d < kDigits; ++d) {
+    for (int k = 0; k < block.length; ++k) count[d] += digit[d][k];
+    memset(digit[d] + block.length, 0, size_t(block.padded - block.length));
+    counts[d] = float(count[d]);
+  }
+  for (int k = 0; k < block.padded; k += 4) {
+    for (int d = 0; d < kDigits; ++d) memcpy(to + k * kDigits + 4 * d, digit[d] + k, 4);
+  }
+}
+
+template <int kDigits>
+void token_digits(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+  constexpr float kTop = kDigits == 1 ? 127.0f : kDigits == 2 ? 32639.0f : 8355711.0f;  // every digit 127
+  for (int64_t b = 0; b < m.blocks; ++b) {
+    const Block& block = m.block[b];
+    const int64_t at = token * a.blocks + b;
+    const uint32_t bits = largest_of(x + block.column, block.length);
+    float largest;
+    memcpy(&largest, &bits, 4);
+    auto* to = a.codes + token * a.stride + block.place * kDigits;
+    auto* counts = a.counts + at * kDigits;
+    // Below the least size 1 / step would overflow: such a block counts as zeros. A step of NaN, where a value is not
+    // finite, reaches every output of the token.
+    const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
+    a.steps[at] = !finite ? NAN : counted ? largest / kTop : 0.0f;
+    if (counted) {
+      if constexpr (kDigits == 1) {
+        one_digit(x, block, kTop / largest, to, counts);
+      } else {
+        block_digits<kDigits>(x, block, kTop / largest, to, counts);
+      }
+    } else {
+      memset(to, 0, size_t(block.padded) * kDigits);
+      for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
+    }
+    float sum = counts[0];
+    if constexpr (kDigits > 1) sum += counts[1] * 256.0f;
+    if constexpr (kDigits > 2) sum += counts[2] * 65536.0f;
+    a.sums[at] = sum;
+  }
+}
+
+void quantize(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  for (int64_t t = first; t < last; ++t) {
+    const float* own = x + t * stride;
+    if (a.digits == 0) {
+      auto* to = a.values + t * a.stride;
+      for (int64_t b = 0; b < m.blocks; ++b) spread(own, m.block[b], to + m.block[b].place);
+    } else if (a.digits == 1) {
+      token_digits<1>(m, own, t, a);
+    } else if (a.digits == 2) {
+      token_digits<2>(m, own, t, a);
+    } else {
+      token_digits<3>(m, own, t, a);
+    }
+  }
+}
+
+}  // namespace
