@@ -112,11 +112,13 @@ class NetworkSurgeon(Technique):
 
     rivals: settings of surgeons that it is held against at about the same bytes, as ``--surgeon`` takes them.
     judged_by: the metric by which it is, where closeness to the given network is not what it is for: ``perplexity``.
+    by_text:   it gives each text a depth of its own, which is measured on a classifier.
     """
 
     role = "network surgeon"
     rivals: ClassVar[tuple[str, ...]] = ()
     judged_by: ClassVar[str] = ""
+    by_text: ClassVar[bool] = False
 
     @abstractmethod
     def operate(self, network: Network, calibration: Calibration, progress: Progress) -> Network:

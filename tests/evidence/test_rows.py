@@ -19,6 +19,7 @@ from layerwise.evidence.rows import (
     techniques_with_evidence,
     write_evidence,
 )
+from layerwise.probe.cola import LENGTHS, UNMENDED
 from layerwise.technique import find, names
 from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS
 from layerwise.trials.distillers import METRICS as OF_DISTILLERS
@@ -27,6 +28,7 @@ from layerwise.trials.network_rewrites import EXACTNESS
 from layerwise.trials.probes import METRIC
 from layerwise.trials.searches import METRICS as OF_SEARCHES
 from layerwise.trials.sparsifiers import METRICS as OF_SPARSIFIERS
+from layerwise.trials.text_depths import METRICS as OF_TEXT_DEPTHS
 
 TECHNIQUES = techniques_with_evidence()
 METRICS = {
@@ -40,6 +42,9 @@ METRICS = {
     *OF_DISTILLERS,
     *OF_SPARSIFIERS,
     *OF_SEARCHES,
+    *OF_TEXT_DEPTHS,
+    LENGTHS,
+    UNMENDED,
 }
 
 

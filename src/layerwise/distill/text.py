@@ -67,14 +67,34 @@ class TextLesson(Lesson):
     def distances(self, teacher: Tensor, student: Tensor) -> Tensor:
         return self.loss.distances(teacher, student)
 
-    def finish(self, state: Tensor, part: int) -> Tensor:
-        batch, last = self.batches[part], len(self.blocks(self.teacher)) - 1
+    def finish(self, state: Tensor, part: int, by: nn.Module | None = None) -> Tensor:
+        """``by``: whose norm and head make the output; the teacher's if None."""
+        module = self.teacher if by is None else by
+        batch, last = self.batches[part], len(self.blocks(module)) - 1
         hidden = state.new_zeros((*batch.tokens.shape, state.shape[-1]))
         hidden = hidden.index_put((batch.counted,), state)
         given = {i: hidden if i == last else None for i in range(last + 1)}
-        with self._passing(self.teacher, part, given):
-            output = self.teacher(**batch.arguments(), use_cache=False)
+        with self._passing(module, part, given):
+            output = module(**batch.arguments(), use_cache=False)
         return self.loss.target(output, batch)
+
+    @contextlib.contextmanager
+    def dropping(self, module: nn.Module, dropped: Tensor) -> Iterator[None]:
+        """Some sequences pass some blocks by: ``dropped`` [blocks, sequences of a part] is true where they do."""
+
+        def kept(rows: Tensor) -> Callable[..., Any]:
+            def instead(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+                given = args[0] if args else kwargs["hidden_states"]
+                mixed = torch.where(rows[:, None, None], given, first_of(out))
+                return (mixed, *out[1:]) if isinstance(out, tuple) else mixed
+
+            return instead
+
+        with contextlib.ExitStack() as stack:
+            for block, rows in zip(self.blocks(module), dropped, strict=True):
+                if bool(rows.any()):
+                    stack.callback(block.register_forward_hook(kept(rows), with_kwargs=True).remove)
+            yield
 
     def labels(self, part: int) -> Tensor | None:
         """The next token, where there is one."""

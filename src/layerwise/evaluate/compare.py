@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block
 from layerwise.loss import Loss
 from layerwise.network.artifact import Artifact
@@ -23,7 +24,7 @@ from layerwise.network.network import Network, hidden_width, output_width
 from layerwise.network.overlay import Overlay
 from layerwise.network.quantized_inputs import inputs_of, quantize_inputs
 from layerwise.network.sites import find_sites
-from layerwise.network.skeleton import build_on_meta
+from layerwise.network.skeleton import build_on_meta, materialised, parameter_owners
 from layerwise.network.streaming import Batch, Streamer, Weights, rows_at_once
 
 
@@ -80,7 +81,7 @@ def compare(
 
 def body_of(weights: Weights, network: Network) -> Network:
     """The network whose blocks these weights fill: a plan may have taken some out, an artifact may arrange them."""
-    if isinstance(weights, Artifact) and weights.arrangement is not None:
+    if isinstance(weights, Artifact) and (weights.arrangement is not None or weights.depths is not None):
         module = build_on_meta(network.architecture, weights.config)
         checkpoint = replace(network.checkpoint, config=weights.config)
         return replace(network, checkpoint=checkpoint, module=module, tree=find_sites(module))
@@ -120,6 +121,12 @@ def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefi
     """All blocks of one network; returns the boundary after the last, the others are removed on the way."""
     width = hidden_width(streamer.network)
     first, second = boundaries(folder, prefix, batches, width, 2)
+    depths = streamer.network.depths
+    if depths is not None and depths.of_texts:
+        run_whole(streamer, batches, first)
+        advance()
+        second.remove()
+        return first
     enter_network(streamer, batches, first)
     for index in range(streamer.count):
         forward_block(streamer, index, batches, first, second)
@@ -127,6 +134,29 @@ def run_blocks(streamer: Streamer, batches: Sequence[Batch], folder: Path, prefi
         advance()
     second.remove()
     return first
+
+
+def run_whole(streamer: Streamer, batches: Sequence[Batch], last: Boundary) -> None:
+    """The hidden states behind the last block of a network whose texts leave early, held in memory as it runs."""
+    module = streamer.network.module
+    found: list[Tensor] = []
+    owners = parameter_owners(module).values()
+    values = {name: streamer.weights.read(names[0]).to(streamer.device) for names in owners for name in names[:1]}
+    values |= {name: values[names[0]] for names in owners for name in names[1:]}
+    with materialised(module, values) as network:
+        handle = network.get_submodule(streamer.network.tree.blocks[-1]).register_forward_hook(
+            lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+        )
+
+        def states() -> Iterator[Tensor]:
+            for batch in batches:
+                network(**streamer.arguments(batch))
+                yield found.pop()
+
+        try:
+            last.write(states())
+        finally:
+            handle.remove()
 
 
 @dataclass

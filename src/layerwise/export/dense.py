@@ -28,6 +28,8 @@ def export_dense(artifact_path: str | os.PathLike[str], out_dir: str | os.PathLi
         raise InputError(
             f"{artifact_path} is an arrangement of shared or parallel blocks, which no ordinary checkpoint can say"
         )
+    if artifact.depths is not None:
+        raise InputError(f"{artifact_path} runs its blocks for some inputs only, which no ordinary checkpoint can say")
     dtype = artifact.plain_dtype
     layout: FileLayout = {}
     for name in artifact.plain:

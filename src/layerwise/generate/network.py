@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
+from layerwise.network.adaptive import running_of
 
 if TYPE_CHECKING:
     from layerwise.generate.session import Session
@@ -83,6 +84,8 @@ def causal_network(module: nn.Module) -> CausalNetwork:
     name = type(module).__name__
     config: Any = module.config
     refusal = InputError(f"layerwise cannot run the blocks of a {name} one by one; use transformers' own generate")
+    if running_of(module) is not None:
+        raise refusal
     parent, blocks = _blocks(module)
     norm = next((getattr(parent, n) for n in NORMS if hasattr(parent, n)), None) if parent is not None else None
     if parent is None or norm is None:

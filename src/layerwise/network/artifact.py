@@ -28,9 +28,10 @@ from layerwise.encoding.inputs import InputGrid, input_layout, restore_inputs
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
 from layerwise.network.arrangement import Arrangement
-from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config, stored_arrangement
+from layerwise.network.artifact_config import StoredSite, parse_sites, sites_config, stored_arrangement, stored_depths
 from layerwise.network.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
 from layerwise.network.companions import copy_companions
+from layerwise.network.depths import Depths
 from layerwise.network.packings import METHODS
 from layerwise.network.safetensors_file import TensorInfo
 
@@ -147,8 +148,9 @@ def artifact_config(
                 sizes[info.dtype] = sizes.get(info.dtype, 0) + info.nbytes
         if sizes:
             config["dtype"] = str(max(sizes, key=lambda d: sizes[d])).removeprefix("torch.")
-    if sites or opened or arrangement is not None:
-        config["quantization_config"] = sites_config(sites, arrangement)
+    depths = stored_depths(checkpoint.config.get("quantization_config"))
+    if sites or opened or arrangement is not None or depths is not None:
+        config["quantization_config"] = sites_config(sites, arrangement, depths)
     return config
 
 
@@ -215,6 +217,11 @@ class Artifact:
     def arrangement(self) -> Arrangement | None:
         """How its blocks are arranged, where they are."""
         return stored_arrangement(self.config.get("quantization_config"))
+
+    @property
+    def depths(self) -> Depths | None:
+        """For which tokens or texts its blocks run."""
+        return stored_depths(self.config.get("quantization_config"))
 
     @property
     def specs(self) -> dict[str, dict[str, Any]]:
@@ -335,7 +342,7 @@ def open_artifact(path: str | os.PathLike[str]) -> Artifact:
 
         return open_foreign(checkpoint)
     artifact = Artifact(checkpoint, {} if described is None else parse_sites(described))
-    _ = artifact.arrangement  # a damaged one is refused here
+    _ = artifact.arrangement, artifact.depths  # damaged ones are refused here
     wanted = {s: (f"{s}.weight", *artifact.stored_inputs(s)) for s in artifact.sites}
     missing = next((s for s, names in wanted.items() if any(n not in checkpoint.tensors for n in names)), None)
     if missing is not None:

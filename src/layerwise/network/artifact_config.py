@@ -12,6 +12,7 @@
 ``inputs`` (format version 2): the site multiplies quantized inputs, on the grid of ``encoding/inputs.py`` with this
 spec; what the grid stores lies under ``<site>.input…``. A version 1 artifact multiplies floats everywhere.
 ``arrangement`` (format version 3): in which order and how often the stored blocks run (``arrangement.py``).
+``depths`` (format version 4): for which tokens or texts the blocks run (``depths.py``).
 ``transposed``: the stored matrix is [out, in], the module's own parameter is [in, out].
 ``kernel``: the stored matrix is [out, in * kh * kw], the module's own parameter is a convolution's [out, in, kh, kw].
 """
@@ -28,9 +29,11 @@ from torch import Tensor
 from layerwise.encoding.inputs import input_layout
 from layerwise.errors import InputError
 from layerwise.network.arrangement import Arrangement, parse_arrangement
+from layerwise.network.depths import Depths, parse_depths
 
 METHOD = "layerwise"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+DEPTHS_VERSION = 4
 ARRANGED_VERSION = 3
 INPUTS_VERSION = 2
 PLAIN_VERSION = 1  # written where no site needs more, so that older readers keep reading
@@ -58,7 +61,9 @@ class StoredSite:
         return weight.T.contiguous() if self.transposed else weight.reshape(self.shape)
 
 
-def sites_config(sites: Mapping[str, StoredSite], arrangement: Arrangement | None = None) -> dict[str, Any]:
+def sites_config(
+    sites: Mapping[str, StoredSite], arrangement: Arrangement | None = None, depths: Depths | None = None
+) -> dict[str, Any]:
     """The JSON value of ``quantization_config``."""
     entries = {
         name: {
@@ -73,7 +78,19 @@ def sites_config(sites: Mapping[str, StoredSite], arrangement: Arrangement | Non
     described: dict[str, Any] = {"quant_method": METHOD, "format_version": version, "sites": entries}
     if arrangement is not None:
         described |= {"format_version": ARRANGED_VERSION, "arrangement": arrangement.written()}
+    if depths is not None:
+        described |= {"format_version": DEPTHS_VERSION, "depths": depths.written()}
     return described
+
+
+def stored_depths(config: object) -> Depths | None:
+    """The depths in a ``quantization_config``, or None; raises ``InputError`` for damaged ones."""
+    if not isinstance(config, Mapping) or config.get("quant_method") != METHOD or "depths" not in config:
+        return None
+    version = config.get("format_version")
+    if type(version) is not int or version < DEPTHS_VERSION or "arrangement" in config:
+        raise InputError(f"an artifact of format version {version} cannot have depths, nor beside an arrangement")
+    return parse_depths(config["depths"])
 
 
 def stored_arrangement(config: object) -> Arrangement | None:

@@ -14,8 +14,9 @@ from layerwise.encoding.encoded import Encoded
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
 from layerwise.network.arrangement import Arrangement
-from layerwise.network.artifact_config import stored_arrangement
+from layerwise.network.artifact_config import stored_arrangement, stored_depths
 from layerwise.network.checkpoint import Checkpoint, open_checkpoint
+from layerwise.network.depths import Depths
 from layerwise.network.sites import Site, SiteTree, find_sites
 from layerwise.network.skeleton import StoredNames, build_on_meta
 
@@ -66,6 +67,11 @@ class Network:
         if self.checkpoint is None:  # the search for a residual stream runs a bare module
             return None
         return stored_arrangement(self.checkpoint.config.get("quantization_config"))
+
+    @property
+    def depths(self) -> Depths | None:
+        """For which tokens or texts its blocks run, where that is not for all."""
+        return None if self.checkpoint is None else stored_depths(self.checkpoint.config.get("quantization_config"))
 
     @property
     def whole(self) -> bool:
@@ -203,7 +209,7 @@ def open_network(source: str | Path, dtype: str = "auto") -> Network:
     checkpoint = open_checkpoint(source)
     if "quantization_config" in checkpoint.config:
         settings = checkpoint.config["quantization_config"]
-        arranged = stored_arrangement(settings) is not None
+        arranged = stored_arrangement(settings) is not None or stored_depths(settings) is not None
         if arranged and settings.get("sites"):
             raise InputError(f"{source} is an encoded arrangement; start from the dense checkpoint it was made from")
         if not arranged:

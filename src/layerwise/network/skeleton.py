@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from layerwise.errors import InputError, nearest
+from layerwise.network.adaptive import adapt_module
 from layerwise.network.arranged_blocks import arrange_module
-from layerwise.network.artifact_config import stored_arrangement
+from layerwise.network.artifact_config import stored_arrangement, stored_depths
 from layerwise.network.expert_names import stored_experts
 from layerwise.network.experts import open_experts
 
@@ -53,6 +54,9 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
     arrangement = stored_arrangement(config.get("quantization_config"))
     if arrangement is not None:
         arrange_module(module, arrangement)
+    depths = stored_depths(config.get("quantization_config"))
+    if depths is not None:
+        adapt_module(module, depths)
     return module.eval().requires_grad_(False)
 
 

@@ -41,6 +41,8 @@ class Stack:
     """All blocks of a network in memory, as float32."""
 
     def __init__(self, network: Network, device: str = "cpu") -> None:
+        if network.depths is not None:
+            raise InputError(f"{network.name} runs blocks for some inputs only; measure the network it was made from")
         if network.arrangement is not None:
             raise InputError(f"{network.name} is arranged already; measure the network that it was made from")
         if network.whole:

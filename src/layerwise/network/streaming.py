@@ -116,6 +116,11 @@ class Streamer:
                 f"{network.name} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
                 f"calibrate and compress the network that it was made from, and arrange the artifact"
             )
+        if network.depths is not None and not steps:
+            raise InputError(
+                f"{network.name} runs its blocks for some tokens or texts only; calibrate and compress the network "
+                f"that it was made from"
+            )
         self.network = network
         blocks = network.tree.blocks  # none, where a module runs whole
         self.members: nn.ModuleList = (

@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from layerwise.errors import InputError
+from layerwise.network.adaptive import adapt_module
 from layerwise.network.arranged_blocks import arrange_module
 from layerwise.network.arrangement import Arrangement
 from layerwise.network.artifact_config import (
@@ -28,7 +29,9 @@ from layerwise.network.artifact_config import (
     parse_sites,
     sites_config,
     stored_arrangement,
+    stored_depths,
 )
+from layerwise.network.depths import Depths
 from layerwise.network.expert_names import open_stored_experts, own_conversions
 from layerwise.network.packed import Packed, PackedConv, PackedEmbedding, PackedHead, PackedLinear
 from layerwise.network.safetensors_file import TensorInfo, read_header
@@ -43,6 +46,7 @@ class LayerwiseConfig(QuantizationConfigMixin):
         self.format_version = values.get("format_version", PLAIN_VERSION)
         self.sites = copy.deepcopy(dict(sites or {}))
         self.arrangement = copy.deepcopy(values.get("arrangement"))
+        self.depths = copy.deepcopy(values.get("depths"))
         self.stored()
 
     def stored(self) -> dict[str, StoredSite]:
@@ -51,13 +55,19 @@ class LayerwiseConfig(QuantizationConfigMixin):
     def arranged(self) -> Arrangement | None:
         return stored_arrangement(self.to_dict())
 
+    def adaptive(self) -> Depths | None:
+        return stored_depths(self.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         described = {
             "quant_method": METHOD,
             "format_version": self.format_version,
             "sites": copy.deepcopy(self.sites),
         }
-        return described if self.arrangement is None else {**described, "arrangement": copy.deepcopy(self.arrangement)}
+        for name in ("arrangement", "depths"):
+            if getattr(self, name) is not None:
+                described[name] = copy.deepcopy(getattr(self, name))
+        return described
 
 
 class LayerwiseQuantizer(HfQuantizer):
@@ -75,13 +85,16 @@ class LayerwiseQuantizer(HfQuantizer):
         arrangement = self.quantization_config.arranged()
         if arrangement is not None:
             arrange_module(model, arrangement)
+        depths = self.quantization_config.adaptive()
+        if depths is not None:
+            adapt_module(model, depths)
         self.opened, self.stored_names = open_stored_experts(model, tensors), list(tensors)
         ties = expanded_ties(model)
         layouts = stored_layouts(tensors), stored_layouts(tensors, "input")
         sites = pack_modules(model, self.quantization_config.stored(), *layouts)
         tie_packed_heads(model, ties)
         # Under the paths of this model, so that save_pretrained writes what from_pretrained will find.
-        self.quantization_config = LayerwiseConfig(**sites_config(sites, arrangement))
+        self.quantization_config = LayerwiseConfig(**sites_config(sites, arrangement, depths))
         self.packed = {f"{name}.{b}" for name, m in model.named_modules() if isinstance(m, Packed) for b in m.kept}
         prefix = getattr(model, "base_model_prefix", "") + "."
         packed = {name.removeprefix(prefix) for name in self.packed}

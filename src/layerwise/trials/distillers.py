@@ -9,6 +9,7 @@ encoder   a small encoder is trained so that some words of two lines find other 
           the student; how often the right one is missed among 100, and how far the similarity tables are apart
 field     a grid of features is fitted to pictures of four coloured blobs, a perceptron of waves is the student;
           squared error of the pixels on views that neither saw
+exits     the network is its own student; what it says behind every block, see ``trials/exits.py``
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 PIXELS = "squared error of pixels on held-out views"
 MISSES = "share of texts whose other half is not first of 100"
 TABLES = "held-out KL between the tables of similarities"
-METRICS = (*(f"held-out {loss} to the teacher" for loss in ("kl", "distance")), PIXELS, MISSES, TABLES)
+NATS = "held-out nats a token"
+METRICS = (*(f"held-out {loss} to the teacher" for loss in ("kl", "distance")), PIXELS, MISSES, TABLES, NATS)
 POOL = 100
 RATE = 0.001
 FIELD_RATE = 0.005  # a field starts from nothing
@@ -344,9 +346,16 @@ def pixel_error(student: nn.Module, teacher: nn.Module, rays: tuple[Tensor, Tens
     return float((mine - wanted).square().mean())
 
 
+def exit_study(ground: Ground, technique: str, study: Study) -> list[Trial]:
+    from layerwise.trials.exits import exit_trials
+
+    return exit_trials(ground, technique, study)
+
+
 STUDIES: dict[str, Callable[[Ground, str, Study], list[Trial]]] = {
     "text": text_trials,
     "depths": depth_trials,
+    "exits": exit_study,
     "encoder": encoder_trials,
     "field": field_trials,
 }

@@ -6,6 +6,8 @@ Every setting of its menu is carried out on the calibrated network and stored in
   out; without any, the network as it came;
 - round to nearest, planned within the same bytes, where the result is smaller than the network as it came: what the
   bytes are worth to quantization.
+
+One that gives each text a depth of its own (``by_text``) is measured on a classifier: ``trials/text_depths.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from layerwise.recipe import parse_surgeon
 from layerwise.removal import measure_removals
 from layerwise.roles import NetworkSurgeon, Surgeon
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial, floor_menu, planned_floor
+from layerwise.trials.text_depths import text_depth_trials
 
 
 def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
@@ -30,6 +33,8 @@ def network_surgeon_trials(ground: Ground, technique: str) -> list[Trial]:
     name, _, options = technique.partition(":")
     asked = parse_surgeon(technique)
     assert isinstance(asked, NetworkSurgeon)
+    if asked.by_text:
+        return text_depth_trials(ground, technique)
     settings = [technique] if options else [f"{name}:{setting}" for setting in asked.menu]
     dense = Side("the network as it came", predicted_bytes(ground.network, {}), Overlay(ground.network, {}))
     sides = {text: operated(ground, text) for text in dict.fromkeys([*settings, *asked.rivals])}
