@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 @technique(
     paper="LayerSkip",
     menu=("confidence=0.9", "confidence=0.5"),
-    left_out="training with layer dropout and early-exit loss",
 )
 class EarlyExit(Generator):
     """Tokens that an early block is sure of leave there."""

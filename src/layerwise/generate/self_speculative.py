@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 @technique(
     paper="LayerSkip",
     menu=("draft=exit", "draft=skip"),
-    left_out="training with layer dropout and early-exit loss",
 )
 class SelfSpeculative(Generator):
     """The network's first blocks draft, the others verify: plain decoding's tokens in fewer full passes."""
