@@ -40,6 +40,8 @@ WRITTEN = {
     "300": "3",  # steps of training
     "hidden:steps=300": "hidden:steps=3",
     "logits:steps=300": "logits:steps=3",
+    "layer_skip:steps=400": "layer_skip:steps=3",
+    "cola:samples=40": "cola:samples=2",
     "eagle": "eagle:steps=2,batch=2,length=16",
     "act": "act:windows=2,length=8",
     "act:heads=2.0/2.3": "act:heads=0.0/1.1",
