@@ -97,19 +97,10 @@ def plans_of(search: Search, members: Mapping[str, Sequence[str]], given: argpar
 def rows_of(
     search: Search, seed: int, plans: Sequence[Plan], scores: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    prepared = search.run.prepared
     return [
         {
-            "network": prepared.network.name,
-            "seed": seed,
+            **search.figures(plan, seed, scores),
             "family": plan.method,
-            "bits": plan.bits,
-            "bytes": plan.bytes,
-            "bpw": plan.bpw,
-            "loss": scores[plan.key()][prepared.loss.name],
-            "predicted": plan.predicted,
-            "metrics": dict(scores[plan.key()]),
-            "loss name": prepared.loss.name,
             "chosen": chosen(search, plan) if plan.kind == "together" else {},
         }
         for plan in plans

@@ -129,23 +129,14 @@ def _behind_the_prefix(plan: Plan) -> Plan:
 def rows_of(
     search: Search, seed: int, plans: Sequence[Plan], scores: Mapping[str, Mapping[str, float]]
 ) -> list[dict[str, Any]]:
-    prepared = search.run.prepared
     return [
         {
-            "network": prepared.network.name,
-            "seed": seed,
+            **search.figures(plan, seed, scores),
             "kind": plan.kind,
             "method": plan.setting or plan.method,
             "of": plan.method,
             "scope": plan.scope,
-            "bits": plan.bits,
-            "bytes": plan.bytes,
-            "bpw": plan.bpw,
-            "loss": scores[plan.key()][prepared.loss.name],
-            "predicted": plan.predicted,
-            "metrics": dict(scores[plan.key()]),
             "dense": dict(scores["measured/dense"]),
-            "loss name": prepared.loss.name,
             "encoders": dict(Counter(encoder_of(plan.recipes[n]).partition(":")[0] for n in sorted(search.linears))),
         }
         for plan in plans

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from benchmarks.quality import only, recipes_of, with_spearman
-from benchmarks.runs import Run, source_digest
+from benchmarks.runs import Run, resumed
 
 from layerwise.apply import linear_bytes, predicted_bytes
 from layerwise.calibrate.passes import forward
 from layerwise.candidates import distinct, find_candidates
 from layerwise.cli.shared import Bar
-from layerwise.compress import begin, identity
 from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Stopwatch
 from layerwise.engine.workers import each
@@ -77,11 +77,7 @@ def searched(
     prepared = prepare(replace(options, techniques=()))
     dtype = str(prepared.network.plain_dtype).removeprefix("torch.")
     prepared = replace(prepared, menu=union_of(methods, dtype))
-    fingerprint = prepared.network.checkpoint.fingerprint()
-    content = identity_of({**identity(prepared, fingerprint), "source": source_digest()})
-    folder = given.work / f"{prepared.network.name}-{content[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    calibration = begin(prepared, folder, fingerprint)
+    calibration = resumed(given, prepared)
     try:
         forward(calibration, watch)
         fits = [m for m in methods if not refusal(Rewriter(calibration), m, dtype, refused)]
@@ -225,6 +221,21 @@ class Search:
         )
 
     # ---------------------------------------------------------------- losses
+
+    def figures(self, plan: Plan, seed: int, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """What a row says of any plan: the network, its size, and what was predicted and measured of it."""
+        prepared = self.run.prepared
+        return {
+            "network": prepared.network.name,
+            "seed": seed,
+            "bits": plan.bits,
+            "bytes": plan.bytes,
+            "bpw": plan.bpw,
+            "loss": scores[plan.key()][prepared.loss.name],
+            "predicted": plan.predicted,
+            "metrics": dict(scores[plan.key()]),
+            "loss name": prepared.loss.name,
+        }
 
     def measure(self, plans: Sequence[Plan], seed: int) -> dict[str, dict[str, float]]:
         """Plan's key -> metrics on the held-out text. Ctrl-C ends it early, with what is measured by then."""

@@ -125,17 +125,22 @@ def opened(given: argparse.Namespace, options: Options) -> Iterator[Run]:
     """Calibrate and encode what the work folder does not hold yet."""
     watch = Stopwatch(Bar(given.quiet))
     prepared = prepare(options)
-    fingerprint = prepared.network.checkpoint.fingerprint()
-    content = identity_of({**identity(prepared, fingerprint), "source": source_digest()})
-    folder = given.work / f"{prepared.network.name}-{content[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    calibration = begin(prepared, folder, fingerprint)
+    calibration = resumed(given, prepared)
     try:
         yield Run(prepared, calibration, measure_candidates(prepared, calibration, watch), watch)
     finally:
         calibration.journal.close()
     if given.discard:
-        shutil.rmtree(folder)
+        shutil.rmtree(calibration.folder)
+
+
+def resumed(given: argparse.Namespace, prepared: Prepared) -> Calibration:
+    """The work folder of these settings and of this source, taken up where it was left."""
+    fingerprint = prepared.network.checkpoint.fingerprint()
+    content = identity_of({**identity(prepared, fingerprint), "source": source_digest()})
+    folder = given.work / f"{prepared.network.name}-{content[:16]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return begin(prepared, folder, fingerprint)
 
 
 def source_digest() -> str:

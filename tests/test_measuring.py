@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from tests.command import SMALL, layerwise
+from tests.measures import measures_of
 
 from layerwise.calibrate.kept import load_statistics
-from layerwise.compress import measure_candidates, start
-from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.kept import statistics_file
 from layerwise.measuring import NetworkMeasures, above_one_deviation
-from layerwise.prepare import Options
 from layerwise.recipe import parse_allocator
 from layerwise.removal import measure_on_steer
 from layerwise.sensitivity.kronecker import damage
@@ -26,15 +24,9 @@ RTN = ("rtn:bits=3,group=32", "rtn:bits=6,group=32", "awq:steps=3+rtn:bits=3,gro
 
 @pytest.fixture(scope="module")
 def measures(tiny_llama: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkMeasures]:
-    options = Options(
-        str(tiny_llama), budget="6.5bpw", techniques=RTN, calibrate=str(sentences), sequences=48, length=32,
-        threads=1, workers=1, work=str(tmp_path_factory.mktemp("measures") / "work"),
-    )  # fmt: skip
-    watch = Stopwatch(None)
-    prepared, calibration, _ = start(options, watch)
-    found = measure_candidates(prepared, calibration, watch)
-    yield NetworkMeasures(calibration, found, "candidates", watch)
-    calibration.journal.close()
+    work = tmp_path_factory.mktemp("measures") / "work"
+    with measures_of(tiny_llama, sentences, work, RTN, "6.5bpw") as found:
+        yield found
 
 
 def test_scores_are_those_of_the_stored_change(measures: NetworkMeasures) -> None:

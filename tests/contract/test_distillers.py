@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.states import same, values
 from torch import Tensor, nn
 
 from layerwise.calibrate.splits import batches_of
@@ -76,14 +77,6 @@ def lesson(ready: Ready, distiller: Distiller) -> Lesson:
         assert len(str(refusal)) > 20
         pytest.skip(str(refusal))
     return made
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    return {n: v.detach().clone() for n, v in module.state_dict().items()}
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_there_are_distillers() -> None:

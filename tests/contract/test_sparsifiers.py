@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.states import same, values
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
@@ -52,14 +53,6 @@ def examples(request: pytest.FixtureRequest, sparsifier: Sparsifier) -> Examples
         assert len(str(refusal)) > 20
         pytest.skip(str(refusal))
     return made
-
-
-def values(module: nn.Module) -> dict[str, Tensor]:
-    return {n: v.detach().clone() for n, v in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_there_are_sparsifiers() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.docs_lm import calibrated
 
 import layerwise
 from layerwise.calibrate.passes import Calibration
@@ -28,13 +29,8 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calibration]:
-    text = tmp_path_factory.mktemp("text") / "docs.txt"
-    text.write_text("".join((EXAMPLES / "docs_calibrate.txt").open().readlines()[:600]))
-    calibration = layerwise.calibrate(
-        layerwise.open(EXAMPLES / "docs-lm"), str(text), work=text.parent / "w", sequences=24, length=64, threads=1
-    )
-    yield calibration
-    calibration.journal.close()
+    with calibrated(tmp_path_factory.mktemp("text")) as calibration:
+        yield calibration
 
 
 def output(network: Network, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.measures import measures_of
 from tests.plan.figures import MadeUp
 
-from layerwise.compress import measure_candidates, start
-from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.measuring import NetworkMeasures
 from layerwise.network.skeleton import materialised
@@ -23,7 +22,6 @@ from layerwise.plan.dimap import module_of, shared_out
 from layerwise.plan.ecoflap import shares
 from layerwise.plan.measures import Place
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Sum, leaves
-from layerwise.prepare import Options
 from layerwise.recipe import parse_allocator
 from layerwise.slopes import drawn, measure_slopes, of_sequences
 
@@ -232,15 +230,9 @@ RECIPES = tuple(f"magnitude:sparsity={s},pattern=matrix" for s in (0.3, 0.6))
 
 @pytest.fixture(scope="module")
 def measures(tiny_llama: Path, sentences: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NetworkMeasures]:
-    options = Options(
-        str(tiny_llama), budget="9bpw", techniques=RECIPES, calibrate=str(sentences), sequences=48, length=32,
-        threads=1, workers=1, work=str(tmp_path_factory.mktemp("sparsities") / "work"),
-    )  # fmt: skip
-    watch = Stopwatch(None)
-    prepared, calibration, _ = start(options, watch)
-    found = measure_candidates(prepared, calibration, watch)
-    yield NetworkMeasures(calibration, found, "candidates", watch)
-    calibration.journal.close()
+    work = tmp_path_factory.mktemp("sparsities") / "work"
+    with measures_of(tiny_llama, sentences, work, RECIPES, "9bpw") as found:
+        yield found
 
 
 def test_energies_are_those_of_what_is_stored(measures: NetworkMeasures) -> None:

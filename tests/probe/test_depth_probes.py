@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.docs_lm import calibrated
 from torch import Tensor
 
 import layerwise
@@ -32,13 +33,8 @@ NAMES = ("layers_as_painters", "snlp", "lac", "depth_efficiency")
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Calibration]:
     """docs-lm on a few hundred tokens of its text."""
-    text = tmp_path_factory.mktemp("text") / "docs.txt"
-    text.write_text("".join((EXAMPLES / "docs_calibrate.txt").open().readlines()[:600]))
-    calibration = layerwise.calibrate(
-        layerwise.open(EXAMPLES / "docs-lm"), str(text), work=text.parent / "w", sequences=24, length=64, threads=1
-    )
-    yield calibration
-    calibration.journal.close()
+    with calibrated(tmp_path_factory.mktemp("text")) as calibration:
+        yield calibration
 
 
 @pytest.fixture(scope="module")

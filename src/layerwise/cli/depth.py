@@ -28,7 +28,7 @@ def depth(
     json: shared.Json = False,
 ) -> None:
     """Measure what each block of MODEL is worth: skipped, swapped with the next, beside the next, run twice."""
-    from layerwise.report.probe_page import check_page, write_page
+    from layerwise.report.probe_page import check_page
 
     page = check_page(html, force) if html is not None else None
     from layerwise.acts import measure_depth
@@ -41,11 +41,4 @@ def depth(
         text_column=text_column, sequences=sequences, length=length, pooling=pooling, seed=seed, threads=threads,
         device=device,
     )  # fmt: skip
-    if page is not None:
-        write_page(page, found, shared.given_command())
-    if json:
-        shared.print_json(found.as_json())
-        return
-    shared.print_measurement(found)
-    if page is not None:
-        print(f"wrote {page}")
+    shared.show_measurement(found, page, json)

@@ -51,7 +51,7 @@ def probe(
     reads_text = BLOCK_INPUTS in chosen.needs
     if calibrate is not None and not reads_text:
         raise InputError(f"the probe {name} reads weights only; leave --calibrate out")
-    from layerwise.report.probe_page import check_page, write_page
+    from layerwise.report.probe_page import check_page
 
     page = check_page(out, force) if out is not None else None
     from layerwise.acts import probe as measure
@@ -68,14 +68,7 @@ def probe(
         network, chosen, progress=shared.Bar(quiet=json), text=calibrate or DEFAULT, text_column=text_column,
         sequences=sequences, length=length, seed=seed, threads=threads, device=device,
     )  # fmt: skip
-    if page is not None:
-        write_page(page, found, shared.given_command())
-    if json:
-        shared.print_json(found.as_json())
-        return
-    shared.print_measurement(found)
-    if page is not None:
-        print(f"wrote {page}")
+    shared.show_measurement(found, page, json)
 
 
 def _list(json: bool) -> None:

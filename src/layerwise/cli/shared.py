@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from layerwise.probe.measurement import Measurement
 
 Model = Annotated[str, typer.Argument(help="A Hugging Face checkpoint directory or hub id.", metavar="MODEL")]
@@ -125,9 +127,20 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     console.print(table)
 
 
-def print_measurement(found: Measurement) -> None:
-    """A measurement's table without its columns of detail, what it says and what it cannot say."""
+def show_measurement(found: Measurement, page: Path | None, json: bool) -> None:
+    """A measurement as JSON, or its table without columns of detail, what it says and what it cannot say.
+
+    page: where its pictures are written, if they are asked for.
+    """
     from layerwise.report.figures import probe_value
+
+    if page is not None:
+        from layerwise.report.probe_page import write_page
+
+        write_page(page, found, given_command())
+    if json:
+        print_json(found.as_json())
+        return
 
     shown = [i for i, column in enumerate(found.columns) if not column.detail]
     print_table(
@@ -138,6 +151,8 @@ def print_measurement(found: Measurement) -> None:
     )
     print(found.summary)
     print(found.caution)
+    if page is not None:
+        print(f"wrote {page}")
 
 
 class Bar:
