@@ -41,10 +41,10 @@ from benchmarks.tables import Table, add_output_options, publish
 from layerwise.calibrate.text import read_text
 from layerwise.cli.shared import Bar
 from layerwise.engine.progress import Stopwatch
-from layerwise.fitting import run_of_tokens
 from layerwise.generate.network import CausalNetwork, causal_network
 from layerwise.generate.wanted import Wanted, silent
-from layerwise.generating import Speaker, open_speaker
+from layerwise.jobs.fitting import run_of_tokens
+from layerwise.jobs.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 
 ROWS_AT_ONCE = 20  # of plain decoding, where only its tokens are wanted

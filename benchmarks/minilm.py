@@ -24,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import Run, add_run_options, default_texts, opened, run_options, texts
 from benchmarks.tables import ROOT, Table, add_output_options, publish
 
-from layerwise.apply import predicted_bytes
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.kept import overlay
+from layerwise.acts.uniform import GROUPS, WIDTHS, encode_uniform, uniform_choice
 from layerwise.compress import compress as run_compress
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.sentences import spearman
-from layerwise.kept import overlay
 from layerwise.network.artifact import weights_bytes
 from layerwise.network.overlay import Overlay
 from layerwise.plan.budget import parse_budget
 from layerwise.plan.pareto import Pareto
 from layerwise.recipe import parse_recipe
-from layerwise.uniform import GROUPS, WIDTHS, encode_uniform, uniform_choice
 
 NETWORK = os.path.relpath(ROOT / "build" / "demo" / "minilm")
 

@@ -22,17 +22,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import Run, add_run_options, opened, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
-from layerwise.apply import predicted_bytes
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.candidates import find_candidates
+from layerwise.acts.kept import Candidates, overlay, uniform_plan
+from layerwise.acts.uniform import unreached_recipes
 from layerwise.calibrate.splits import first_tokens
-from layerwise.candidates import find_candidates
 from layerwise.evaluate.compare import compare
 from layerwise.evaluate.sites import measure_sites
-from layerwise.kept import Candidates, overlay, uniform_plan
 from layerwise.network.overlay import Overlay
 from layerwise.plan.menu import Menu, fitted, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.recipe import parse_recipe
-from layerwise.uniform import unreached_recipes
 
 GROUP = 64
 SPEARMAN, SPEARMAN_IN_WIDTH, MEDIAN_WITHIN, PLAN_WITHIN = 0.9, 0.75, 1.5, 0.2  # the limits of --check

@@ -27,21 +27,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.runs import Run, add_run_options, opened, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
-from layerwise.apply import linear_bytes, predicted_bytes
+from layerwise.acts.apply import linear_bytes, predicted_bytes
+from layerwise.acts.candidates import find_candidates
+from layerwise.acts.kept import fetches, overlay, uniform_plan
+from layerwise.acts.prepare import site_bytes
+from layerwise.acts.uniform import Baseline, encode_uniform, uniform_choice, unreached_recipes
 from layerwise.calibrate.inputs import input_parts
 from layerwise.calibrate.passes import reverse_uniform
-from layerwise.candidates import find_candidates
 from layerwise.evaluate.compare import Measured, compare
 from layerwise.evaluate.sentences import spearman
-from layerwise.kept import fetches, overlay, uniform_plan
 from layerwise.network.overlay import Fetch, Overlay
 from layerwise.plan.menu import Menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Choice, Leaf, Node, Sum
-from layerwise.prepare import site_bytes
 from layerwise.recipe import parse_recipe
 from layerwise.technique import GRADIENT_MOMENT
-from layerwise.uniform import Baseline, encode_uniform, uniform_choice, unreached_recipes
 
 GROUP = 64
 LOWER_IS_BETTER = ("kl", "perplexity", "distance")

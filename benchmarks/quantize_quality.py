@@ -37,9 +37,9 @@ from benchmarks.quantize_search import ALL, EVERYTHING, LINEARS, OURS, Plan, Sea
 from benchmarks.runs import add_run_options, run_options, texts
 from benchmarks.tables import Table, add_output_options, publish
 
+from layerwise.acts.rewriting import encoder_of
 from layerwise.cli.shared import split_techniques
 from layerwise.recipe import parse_allocator
-from layerwise.rewriting import encoder_of
 
 METHODS = (
     "two_sided", "gptq", "rtn", "hqq", "aptq", "rsq", "awq+rtn", "repquant+rtn", "equalize+rtn", "nf4", "fp4",

@@ -17,30 +17,30 @@ from typing import Any
 from benchmarks.quality import only, recipes_of, with_spearman
 from benchmarks.runs import Run, resumed
 
-from layerwise.apply import linear_bytes, predicted_bytes
+from layerwise.acts.apply import linear_bytes, predicted_bytes
+from layerwise.acts.candidates import distinct, find_candidates
+from layerwise.acts.kept import Candidates, Stored, overlay, rebuilt, with_removals
+from layerwise.acts.measuring import NetworkMeasures
+from layerwise.acts.prepare import Options, prepare
+from layerwise.acts.refit import encode, needs_refit
+from layerwise.acts.removal import find_removals
+from layerwise.acts.rewriting import Rewriter, chain_of, chains, encoder_of
+from layerwise.acts.sequential import propagate
+from layerwise.acts.shortlist import shortlist
 from layerwise.calibrate.passes import forward
-from layerwise.candidates import distinct, find_candidates
 from layerwise.cli.shared import Bar
 from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Stopwatch
 from layerwise.engine.workers import each
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
-from layerwise.kept import Candidates, Stored, overlay, rebuilt, with_removals
-from layerwise.measuring import NetworkMeasures
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import is_dense
 from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Node
-from layerwise.prepare import Options, prepare
 from layerwise.recipe import parse_allocator, parse_recipe, surgery
-from layerwise.refit import encode, needs_refit
-from layerwise.removal import find_removals
-from layerwise.rewriting import Rewriter, chain_of, chains, encoder_of
 from layerwise.roles import Allocator
-from layerwise.sequential import propagate
-from layerwise.shortlist import shortlist
 
 STAGE = "quantize"
 TABLES = "rtn:bits=8,group=0"  # the identical tables of the comparison of linears alone

@@ -20,15 +20,15 @@ from pathlib import Path
 from benchmarks.tables import ROOT
 
 import layerwise
+from layerwise.acts.kept import Candidates
+from layerwise.acts.prepare import Options, Prepared, prepare
+from layerwise.acts.refit import refit
 from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.text import read_text
 from layerwise.cli.shared import Bar, split_techniques
 from layerwise.compress import begin, identity, measure_candidates
 from layerwise.engine.journal import identity_of
 from layerwise.engine.progress import Stopwatch
-from layerwise.kept import Candidates
-from layerwise.prepare import Options, Prepared, prepare
-from layerwise.refit import refit
 
 BESIDE = ROOT.parent / "shared"  # reference networks and texts, where they are present
 EXAMPLES = ROOT / "examples"

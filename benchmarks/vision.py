@@ -32,19 +32,19 @@ from benchmarks.tables import Table, add_output_options, publish
 from examples import train_mnist_vit
 
 import layerwise
-from layerwise.apply import predicted_bytes
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.images import Given
+from layerwise.acts.kept import overlay
+from layerwise.acts.prepare import Options
+from layerwise.acts.refit import refit
+from layerwise.acts.uniform import encode_uniform
 from layerwise.calibrate.images import Images
 from layerwise.cli.shared import Bar
 from layerwise.compress import measure_candidates, start
 from layerwise.engine.progress import Stopwatch
 from layerwise.evaluate.compare import compare
-from layerwise.images import Given
-from layerwise.kept import overlay
 from layerwise.network.network import Network
 from layerwise.plan.pareto import Pareto
-from layerwise.prepare import Options
-from layerwise.refit import refit
-from layerwise.uniform import encode_uniform
 
 GROUP = 64
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the colours that ResNet-20 was trained with

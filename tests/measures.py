@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from layerwise.acts.measuring import NetworkMeasures
+from layerwise.acts.prepare import Options
 from layerwise.compress import measure_candidates, start
 from layerwise.engine.progress import Stopwatch
-from layerwise.measuring import NetworkMeasures
-from layerwise.prepare import Options
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import pytest
 from tests.command import layerwise
 from tests.conftest import made_up_sentences
 
-from layerwise import bench, technique
+from layerwise import technique
+from layerwise.jobs import bench
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -38,9 +38,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "export": frozenset({"network", "encoding", "plan"}),
     "papers": frozenset({"technique", "roles"}),
     "evidence": frozenset(),
+    "acts": EVERYTHING,  # an act works over several folders, and on what earlier acts returned
+    "jobs": EVERYTHING,
     "compress": EVERYTHING,
-    "acts": EVERYTHING,
-    "reshape": EVERYTHING,
+    "library": EVERYTHING,
     "cli": EVERYTHING,
     "trials": EVERYTHING,  # one file a kind of technique: what `bench` measures it by
     "__init__": EVERYTHING,
@@ -62,10 +63,10 @@ WIDENED: dict[str, frozenset[str]] = {
 }
 # Files of plain values, which import nothing of the project, so that naming them makes no cycle: open to every folder.
 VALUES = {"layerwise.calibrate.statistics", "layerwise.probe.measurement"}
-# The compositions: the whole job, the acts one by one for the library, and two that measure techniques against each
-# other. Only the outside knows them.
-COMPOSITIONS = {"compress", "acts", "reshape", "bench", "side_by_side"}
-WHO_MAY_COMPOSE = {*COMPOSITIONS, "cli", "__init__", "__main__"}
+# The compositions: the main job, the acts one by one for the library, and the jobs of the other verbs. Only the outside
+# knows them, and the trials, which do a job to measure it.
+COMPOSITIONS = {"compress", "library", "jobs"}
+WHO_MAY_COMPOSE = {*COMPOSITIONS, "trials", "cli", "__init__", "__main__"}
 
 # What the verbs may use besides the project and the standard library: parse, call, print.
 CLI_LIBRARIES = {"typer", "click", "rich"}
@@ -139,15 +140,12 @@ def technique_stems() -> dict[str, Path]:
 
 
 def may_import(owner: str) -> frozenset[str]:
-    """An act that has a top-level file of its own, such as ``candidates.py``, may use every folder and other acts."""
-    if owner not in ALLOWED and (PACKAGE / f"{owner}.py").is_file():
-        return EVERYTHING
     return ALLOWED[owner] | WIDENED.get(owner, frozenset())
 
 
-def test_every_folder_has_a_rule() -> None:
-    folders = {path.relative_to(PACKAGE).parts[0] for path in sources() if path.parent != PACKAGE}
-    assert folders <= set(ALLOWED), f"not in the table of import rules: {sorted(folders - set(ALLOWED))}"
+def test_every_folder_and_top_level_file_has_a_rule() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources()}
+    assert parts <= set(ALLOWED), f"not in the table of import rules: {sorted(parts - set(ALLOWED))}"
 
 
 def test_the_table_has_no_cycle() -> None:
@@ -182,18 +180,21 @@ def test_only_the_composition_knows_the_composition() -> None:
 
 
 def test_folders_do_not_know_the_acts() -> None:
-    """What lies in a folder is called by the acts' own files and never calls them back."""
-    acts = {p.stem for p in PACKAGE.glob("*.py")} - {"errors", "technique", "roles", "recipe", "loss", "__init__"}
-    folders = {p.relative_to(PACKAGE).parts[0] for p in sources() if p.parent != PACKAGE} - {"cli", "trials"}
-    # Acts and folders may share a name (plan, calibrate); a folder that imports itself is no act.
-    broken = [str(f) for f in INSIDE if f.owner in folders and f.area in acts and f.area != f.owner]
+    """What lies in the other folders is called by the acts and never calls them back."""
+    above = {*WHO_MAY_COMPOSE, "acts"}
+    broken = [str(f) for f in INSIDE if f.owner not in above and f.area in {"acts", *COMPOSITIONS}]
     assert not broken, "\n".join(broken)
 
 
-def test_the_acts_have_an_order() -> None:
-    """Top-level files may use one another, but never in a circle: data flows left to right once."""
-    top = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
-    uses = {name: {f.area for f in INSIDE if f.owner == name and f.area in top and not f.types_only} for name in top}
+@pytest.mark.parametrize("folder", ["acts", "jobs"])
+def test_the_acts_have_an_order(folder: str) -> None:
+    """Files of these folders may use one another, but never in a circle: data flows left to right once."""
+    files = {f"layerwise.{folder}.{path.stem}" for path in (PACKAGE / folder).glob("*.py")}
+    uses: dict[str, set[str]] = {name: set() for name in files}
+    for found in INSIDE:
+        if found.owner == folder and not found.types_only and found.target in files:
+            uses[f"layerwise.{folder}.{found.path.stem}"].add(found.target)
+    assert any(uses.values())
     graphlib.TopologicalSorter({name: found - {name} for name, found in uses.items()}).prepare()
 
 

@@ -11,11 +11,12 @@ import torch
 from benchmarks.runs import Run
 from torch import Tensor
 
-from layerwise.apply import form_layout
+from layerwise.acts.apply import form_layout
+from layerwise.acts.kept import Candidates, fetches
+from layerwise.acts.tuning import tune
 from layerwise.encoding.encoded import layout_bytes
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
-from layerwise.kept import Candidates, fetches
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.network.safetensors_file import read, read_header
@@ -23,7 +24,6 @@ from layerwise.network.streaming import Weights
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Choice, Leaf, Node, Sum
 from layerwise.recipe import parse_tuner
-from layerwise.tuning import tune
 
 
 class Replaced:

@@ -32,8 +32,8 @@ from benchmarks.tables import ROOT, Table, add_output_options, publish
 from safetensors.torch import save_file
 
 import layerwise
+from layerwise.acts.prepare import prepare
 from layerwise.network.streaming import Weights
-from layerwise.prepare import prepare
 
 GROUP = 64
 FOLDER = ROOT / "build" / "peers"

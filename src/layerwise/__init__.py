@@ -23,17 +23,17 @@ from layerwise.network.transformers_hook import install
 __version__ = "0.1.0"
 
 ACTS = {
-    "open": ("layerwise.acts", "open_any"),
+    "open": ("layerwise.library", "open_any"),
     "load": ("layerwise.network.load", "load"),
-    "calibrate": ("layerwise.acts", "calibrate"),
-    "candidates": ("layerwise.acts", "candidates"),
-    "probe": ("layerwise.acts", "probe"),
-    "plan": ("layerwise.acts", "plan"),
-    "apply": ("layerwise.acts", "apply"),
-    "evaluate": ("layerwise.acts", "evaluate"),
-    "save": ("layerwise.acts", "save"),
-    "compress": ("layerwise.acts", "compress"),
-    "generate": ("layerwise.generating", "continued"),
+    "calibrate": ("layerwise.library", "calibrate"),
+    "candidates": ("layerwise.library", "candidates"),
+    "probe": ("layerwise.library", "probe"),
+    "plan": ("layerwise.library", "plan"),
+    "apply": ("layerwise.library", "apply"),
+    "evaluate": ("layerwise.library", "evaluate"),
+    "save": ("layerwise.library", "save"),
+    "compress": ("layerwise.library", "compress"),
+    "generate": ("layerwise.jobs.generating", "continued"),
     "searched": ("layerwise.nas.network", "load_searched"),
 }
 """Public name -> where its function lives."""

@@ -1,6 +1,6 @@
 """The composition of the acts: open → calibrate → candidates → plan → apply → evaluate → report.
 
-``acts.py`` offers them one by one instead. Each act's result is a value or lies in the work folder; no act
+``library.py`` offers them one by one instead. Each act's result is a value or lies in the work folder; no act
 reaches back into an earlier one.
 """
 
@@ -12,12 +12,25 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from layerwise.activations import input_grids
-from layerwise.apply import Applied, apply_plan, plan_of
+from layerwise.acts.activations import input_grids
+from layerwise.acts.apply import Applied, apply_plan, plan_of
+from layerwise.acts.candidates import find_candidates
+from layerwise.acts.disk import check_disk, keeps_statistics
+from layerwise.acts.images import Given
+from layerwise.acts.kept import Candidates, overlay, rebuilt, uniform_plan, with_removals
+from layerwise.acts.measuring import NetworkMeasures
+from layerwise.acts.opening import network_rewrite
+from layerwise.acts.prepare import Options, Prepared, prepare
+from layerwise.acts.quality import smallest_within
+from layerwise.acts.record import make_evidence, write_reports
+from layerwise.acts.refit import refit, refit_by_pass
+from layerwise.acts.removal import find_removals
+from layerwise.acts.sequential import propagate
+from layerwise.acts.tuning import tune
+from layerwise.acts.uniform import Baseline, find_baseline
+from layerwise.acts.wanted import predicts, wanted_by
 from layerwise.calibrate.inputs import reached_input_parts
 from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_uniform
-from layerwise.candidates import find_candidates
-from layerwise.disk import check_disk, keeps_statistics
 from layerwise.encoding.inputs import InputGrid
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
@@ -25,28 +38,15 @@ from layerwise.engine.memory import give_back
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
-from layerwise.images import Given
-from layerwise.kept import Candidates, overlay, rebuilt, uniform_plan, with_removals
-from layerwise.measuring import NetworkMeasures
 from layerwise.network.artifact import staged
 from layerwise.network.overlay import Overlay
-from layerwise.opening import network_rewrite
 from layerwise.plan.constraints import constrain
 from layerwise.plan.file import PlanFile, read_plan
 from layerwise.plan.fused import fused, without_formats
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node, leaves
-from layerwise.prepare import Options, Prepared, prepare
-from layerwise.quality import smallest_within
 from layerwise.recipe import parse_allocator, parse_recipe, parse_tuner
-from layerwise.record import make_evidence, write_reports
-from layerwise.refit import refit, refit_by_pass
-from layerwise.removal import find_removals
-from layerwise.sequential import propagate
 from layerwise.technique import SECOND_MOMENT
-from layerwise.tuning import tune
-from layerwise.uniform import Baseline, find_baseline
-from layerwise.wanted import predicts, wanted_by
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_an_interrupted_run_gives_the_same_bytes(
     with_unused_experts: Path, tmp_path: Path, sentences: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the number of workers, and whether or not it was stopped between two blocks."""
-    import layerwise.candidates as candidates
+    import layerwise.acts.candidates as candidates
 
     def run(name: str, workers: str) -> int:
         small = (*SMALL[:-1], workers)
@@ -259,7 +259,7 @@ def test_each_split_counts_its_own_tokens(tiny_mixtral: Path, tmp_path: Path, se
 
 
 def test_rewrites_stay_inside_an_expert(tiny_mixtral: Path, tmp_path: Path, sentences: Path) -> None:
-    from layerwise.rewriting import Rewriter
+    from layerwise.acts.rewriting import Rewriter
 
     calibration = layerwise.calibrate(
         layerwise.open(tiny_mixtral), text=str(sentences), work=tmp_path / "work", sequences=48, length=32, threads=1

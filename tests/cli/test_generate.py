@@ -28,7 +28,7 @@ def test_text_and_then_what_it_took(docs_lm: Path) -> None:
 
 
 def test_letters_of_several_tokens_are_shown_whole(tiny_llama: Path) -> None:
-    from layerwise.generating import Pieces, open_speaker
+    from layerwise.jobs.generating import Pieces, open_speaker
 
     speaker = open_speaker(str(tiny_llama))
     text = "“The baker’s café” costs 5 €…"

@@ -13,12 +13,12 @@ import layerwise
 from layerwise.blueprints.decoder import Size
 from layerwise.blueprints.finished import save_packed, save_plain
 from layerwise.engine.progress import Stopwatch
+from layerwise.jobs.training import Pace, Trained, fit, loss_of
 from layerwise.network.load import load
 from layerwise.network.network import open_network
 from layerwise.recipe import parse_blueprint
 from layerwise.roles import Blueprint
 from layerwise.technique import find, names
-from layerwise.training import Pace, Trained, fit, loss_of
 
 BLUEPRINTS = names(Blueprint)
 SETTINGS = [s for n in BLUEPRINTS for s in (n, *(f"{n}:{rival}" for rival in find(n).rivals))]  # type: ignore[attr-defined]

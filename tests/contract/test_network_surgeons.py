@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerwise.acts import calibrate
-from layerwise.apply import write_network
+from layerwise.acts.apply import write_network
+from layerwise.acts.kept import Rebuilt
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
-from layerwise.kept import Rebuilt
+from layerwise.library import calibrate
 from layerwise.network.load import load
 from layerwise.network.network import open_network
 from layerwise.network.skeleton import materialised

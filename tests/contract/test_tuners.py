@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 import layerwise
+from layerwise.acts.kept import Candidates
+from layerwise.acts.tuning import tune
 from layerwise.calibrate.passes import Calibration
 from layerwise.encoding.dense import Dense
 from layerwise.engine.progress import Stopwatch
-from layerwise.kept import Candidates
 from layerwise.recipe import parse_tuner
 from layerwise.roles import Tuner
 from layerwise.technique import find, names
-from layerwise.tuning import tune
 
 NETWORKS = ("tiny_llama", "tiny_gpt2", "tiny_bert")
 RECIPES = ("rtn:bits=3,group=32", "rtn:bits=2,group=32")  # of two blocks in turn

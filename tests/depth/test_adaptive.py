@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerwise.apply import write_network
+from layerwise.acts.apply import write_network
+from layerwise.acts.kept import Rebuilt
 from layerwise.calibrate.passes import Calibration
 from layerwise.calibrate.splits import Splits, pad_texts
 from layerwise.depth.eco_m2f import EcoM2f, best_depths, train_gate
@@ -20,7 +21,6 @@ from layerwise.depth.palbert import Palbert, divergence, spread
 from layerwise.engine.journal import Journal
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
-from layerwise.kept import Rebuilt
 from layerwise.loss import Loss
 from layerwise.network import adaptive
 from layerwise.network.adaptive import adapted, best, running_of

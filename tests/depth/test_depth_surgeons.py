@@ -172,8 +172,8 @@ def test_text_is_needed_to_train(tiny_bert: Path, sentences: Path, tmp_path: Pat
 def test_reshape_writes_what_transformers_loads(tmp_path: Path, tiny_llama: Path, sentences: Path) -> None:
     from tests.test_reshape import options
 
+    from layerwise.jobs.reshape import reshape
     from layerwise.network.load import load
-    from layerwise.reshape import reshape
 
     found = reshape(options(tiny_llama, tmp_path / "out"), "deep_to_shallow:blocks=2")
     assert found.blocks == (2, 2) and found.rows[1]["quality"]["kl"]["value"] > 0

@@ -10,13 +10,13 @@ import torch
 from tests.command import compress
 
 import layerwise
+from layerwise.acts.removal import measure_removals
 from layerwise.depth.drop_block import DropBlock
 from layerwise.errors import InputError
 from layerwise.network.network import open_network
 from layerwise.network.reblocked import reblocked
 from layerwise.network.skeleton import materialised
 from layerwise.recipe import canonical, surgery
-from layerwise.removal import measure_removals
 from layerwise.roles import BlockMeasure
 
 MEASURES = tuple(BlockMeasure(d, i) for d, i in ((0.4, 0.1), (0.1, 0.3), (0.2, 0.2)))

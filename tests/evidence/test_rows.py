@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from layerwise.bench import GROUNDLESS, ROLES, Bench, read_seeds
 from layerwise.evidence.rows import (
     FOLDER,
     Baseline,
@@ -19,6 +18,7 @@ from layerwise.evidence.rows import (
     techniques_with_evidence,
     write_evidence,
 )
+from layerwise.jobs.bench import GROUNDLESS, ROLES, Bench, read_seeds
 from layerwise.probe.cola import LENGTHS, UNMENDED
 from layerwise.technique import find, names
 from layerwise.trials.blueprints import METRICS as OF_BLUEPRINTS

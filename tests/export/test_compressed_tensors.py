@@ -17,7 +17,7 @@ from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
 from layerwise.errors import InputError
 from layerwise.export.compressed_tensors import export_compressed_tensors
-from layerwise.exporting import ExportOptions, export
+from layerwise.jobs.exporting import ExportOptions, export
 from layerwise.network.artifact import artifact_layout, open_artifact, staged, write_artifact
 from layerwise.network.load import load
 from layerwise.network.network import open_network

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from layerwise.acts.prepare import Options
 from layerwise.compress import compress
 from layerwise.errors import InputError
 from layerwise.export.compressed_tensors import export_compressed_tensors
@@ -17,7 +18,6 @@ from layerwise.network.network import open_network
 from layerwise.plan.file import read_plan
 from layerwise.plan.fused import groups_among
 from layerwise.plan.targets import TARGETS, described, find_target, format_of, spec_of
-from layerwise.prepare import Options
 
 Run = Callable[..., Path]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from layerwise.generate.wanted import Wanted, silent
-from layerwise.generating import open_speaker
+from layerwise.jobs.generating import open_speaker
 from layerwise.network.arranged import arranged, write_arranged
 from layerwise.network.arrangement import arrangement
 from layerwise.network.network import open_network

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.generate.networks import network, prompts
 
-from layerwise.cache_quality import cache_quality
 from layerwise.errors import InputError
 from layerwise.generate.cache import GROUPS, Cache, group_of
+from layerwise.jobs.cache_quality import cache_quality
 
 
 def some(rows: int = 2, count: int = 5, width: int = 48) -> torch.Tensor:

@@ -12,7 +12,7 @@ from tests.generate.networks import network, prompts
 from layerwise.errors import InputError
 from layerwise.generate.streamed import Reader, StreamedBlock, open_streamed, reader_of, resident_blocks, spilled
 from layerwise.generate.wanted import Wanted, silent
-from layerwise.generating import open_speaker
+from layerwise.jobs.generating import open_speaker
 from layerwise.recipe import parse_generator
 
 

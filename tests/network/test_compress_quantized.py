@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from tests.network.quantized_elsewhere import quantized
 
+from layerwise.acts.prepare import Options
 from layerwise.compress import compress
 from layerwise.evaluate.artifact import evaluate_artifact
 from layerwise.export.compressed_tensors import export_compressed_tensors
 from layerwise.network.artifact import open_artifact
 from layerwise.network.network import open_network
 from layerwise.plan.file import read_plan
-from layerwise.prepare import Options
 
 
 def settings(model: Path, out: Path, text: Path, **options: Any) -> Options:
@@ -39,8 +39,8 @@ def test_what_fits_is_kept_and_the_rest_is_encoded_again(tiny_llama: Path, sente
 
 
 def test_it_is_measured_against_its_dense_network(tiny_llama: Path, sentences: Path, tmp_path: Path) -> None:
+    from layerwise.acts.prepare import open_tokenizer
     from layerwise.calibrate.text import read_text
-    from layerwise.prepare import open_tokenizer
 
     quantized(tiny_llama, tmp_path / "in", "gptq", group=32)
     network, text = open_network(tiny_llama), read_text(str(sentences))

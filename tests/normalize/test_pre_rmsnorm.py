@@ -128,8 +128,8 @@ def test_an_artifact_of_it_loads_evaluates_and_exports(tiny_gpt2: Path, sentence
 
 
 def test_the_rewrite_is_part_of_the_runs_identity(tiny_gpt2: Path, sentences: Path, tmp_path: Path) -> None:
+    from layerwise.acts.prepare import Options, prepare
     from layerwise.compress import identity
-    from layerwise.prepare import Options, prepare
 
     given = {"model": str(tiny_gpt2), "uniform": "dense", "calibrate": str(sentences), "sequences": 48, "length": 32}
     plain, rewritten = (identity(prepare(Options(**given, rewrite=r)), "x") for r in (None, "pre_rmsnorm"))
@@ -138,7 +138,7 @@ def test_the_rewrite_is_part_of_the_runs_identity(tiny_gpt2: Path, sentences: Pa
 
 @pytest.mark.parametrize("asked", ["awq", "rtn:bits=4"])
 def test_only_rewrites_of_networks_are_taken(asked: str, tiny_gpt2: Path) -> None:
-    from layerwise.opening import open_rewritten
+    from layerwise.acts.opening import open_rewritten
 
     with pytest.raises(InputError, match=r"no rewrite of a whole network; there are .*pre_crmsnorm, pre_rmsnorm"):
         open_rewritten(tiny_gpt2, rewrite=asked)

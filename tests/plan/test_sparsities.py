@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from tests.measures import measures_of
 from tests.plan.figures import MadeUp
 
+from layerwise.acts.measuring import NetworkMeasures
+from layerwise.acts.slopes import drawn, measure_slopes, of_sequences
 from layerwise.errors import InputError
-from layerwise.measuring import NetworkMeasures
 from layerwise.network.skeleton import materialised
 from layerwise.plan.dimap import module_of, shared_out
 from layerwise.plan.ecoflap import shares
 from layerwise.plan.measures import Place
 from layerwise.plan.tree import Allocation, Candidate, Leaf, Sum, leaves
 from layerwise.recipe import parse_allocator
-from layerwise.slopes import drawn, measure_slopes, of_sequences
 
 NAMES = [f"layers.{b}.{part}" for b in range(2) for part in ("attn.q_proj", "attn.o_proj", "mlp.fc1", "mlp.fc2")]
 
@@ -280,7 +280,7 @@ def test_slopes_are_lengths_of_gradients(measures: NetworkMeasures) -> None:
 
 def test_slopes_and_energies_are_journaled(measures: NetworkMeasures, monkeypatch: pytest.MonkeyPatch) -> None:
     one = measures.slopes(1, 1e-2)
-    monkeypatch.setattr("layerwise.measuring.measure_slopes", None)
+    monkeypatch.setattr("layerwise.acts.measuring.measure_slopes", None)
     assert measures.slopes(1, 1e-2) == one and all(value > 0 for value in one.values())
     reached = {n for n, s in measures.candidates.sites.items() if s.site.kind == "linear" and s.reached}
     assert set(one) == reached

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from layerwise.bench import Bench, check
 from layerwise.errors import InputError
+from layerwise.jobs.bench import Bench, check
 from layerwise.roles import Sparsifier
 from layerwise.technique import names
 from layerwise.trials.sparsifiers import METRICS, Study, rank_correlation, sparsifier_trials

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerwise.acts import calibrate
 from layerwise.calibrate.gates import curved_gates, sampled_gates
 from layerwise.calibrate.passes import Calibration
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
+from layerwise.library import calibrate
 from layerwise.network.network import Network, open_network
 from layerwise.network.skeleton import materialised
 from layerwise.network.widths import channels_of, heads_of, without_units

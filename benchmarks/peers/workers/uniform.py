@@ -7,13 +7,13 @@ from pathlib import Path
 
 from protocol import Job, Made, Result, run
 
+from layerwise.acts.candidates import find_candidates
+from layerwise.acts.prepare import Options, prepare
 from layerwise.calibrate.inputs import input_parts
 from layerwise.calibrate.passes import forward, reverse_uniform
-from layerwise.candidates import find_candidates
 from layerwise.compress import begin
 from layerwise.engine.progress import Stopwatch
 from layerwise.plan.menu import Menu, fitted
-from layerwise.prepare import Options, prepare
 from layerwise.recipe import parse_recipe
 from layerwise.technique import GRADIENT_MOMENT
 

@@ -47,9 +47,9 @@ def bench(
     """Measure TECHNIQUE against its baseline at equal bytes, and print its evidence rows; or time the kernels."""
     if technique == "kernels":
         return bench_kernels(shapes, batches, rounds, json)
-    from layerwise.bench import Bench, check, read_seeds
-    from layerwise.bench import bench as run
     from layerwise.evidence.rows import Evidence, evidence_file, read_evidence, write_evidence
+    from layerwise.jobs.bench import Bench, check, read_seeds
+    from layerwise.jobs.bench import bench as run
 
     cores = os.cpu_count() or 1
     asked = Bench(

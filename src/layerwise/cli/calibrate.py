@@ -29,10 +29,10 @@ def calibrate(
     json: shared.Json = False,
 ) -> None:
     """Measure every layer of MODEL and encode its candidates into a work folder."""
+    from layerwise.acts.prepare import Options
     from layerwise.compress import measure_candidates, start
     from layerwise.engine.progress import Stopwatch
     from layerwise.plan.candidates import recipe_bpw
-    from layerwise.prepare import Options
     from layerwise.report.figures import significant
 
     cores = os.cpu_count() or 1

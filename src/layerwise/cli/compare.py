@@ -10,7 +10,7 @@ import typer
 from layerwise.cli import shared
 
 if TYPE_CHECKING:
-    from layerwise.side_by_side import Comparison
+    from layerwise.jobs.side_by_side import Comparison
 
 
 def compare(
@@ -38,8 +38,8 @@ def compare(
     json: shared.Json = False,
 ) -> None:
     """Plan MODEL with each technique, and with all together, into the same bytes; measure every plan."""
-    from layerwise.prepare import Options
-    from layerwise.side_by_side import side_by_side
+    from layerwise.acts.prepare import Options
+    from layerwise.jobs.side_by_side import side_by_side
 
     cores = os.cpu_count() or 1
     options = Options(

@@ -57,9 +57,9 @@ def compress(
     json: shared.Json = False,
 ) -> None:
     """Make MODEL fit a budget, prove it on held-out text, write OUT."""
+    from layerwise.acts.forecast import forecast
+    from layerwise.acts.prepare import Options
     from layerwise.compress import compress as run
-    from layerwise.forecast import forecast
-    from layerwise.prepare import Options
 
     cores = os.cpu_count() or 1
     options = Options(

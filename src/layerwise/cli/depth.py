@@ -31,9 +31,9 @@ def depth(
     from layerwise.report.probe_page import check_page
 
     page = check_page(html, force) if html is not None else None
-    from layerwise.acts import measure_depth
+    from layerwise.acts.prepare import Options
+    from layerwise.library import measure_depth
     from layerwise.network.network import open_network
-    from layerwise.prepare import Options
 
     Options(model=model, sequences=sequences, length=length, threads=1 if threads is None else threads)
     found = measure_depth(

@@ -33,19 +33,19 @@ def evaluate(
     json: shared.Json = False,
 ) -> None:
     """Measure OUT against the dense network: quality, size, latency, peak memory."""
-    from layerwise.activations import grids_of_artifact
-    from layerwise.cache_quality import check_cache
+    from layerwise.acts.activations import grids_of_artifact
+    from layerwise.acts.prepare import longest, open_tokenizer
     from layerwise.calibrate.text import read_text
     from layerwise.evaluate.artifact import evaluate_artifact
+    from layerwise.jobs.cache_quality import check_cache
     from layerwise.network.artifact import open_artifact
     from layerwise.network.network import open_network, reads_images
-    from layerwise.prepare import longest, open_tokenizer
 
     network = open_network(dense)
     if kv_cache is not None:
         check_cache(network, kv_cache)
     if reads_images(network):
-        from layerwise.acts import evaluate as measure
+        from layerwise.library import evaluate as measure
 
         found = measure(artifact, dense=network, text=evaluate, activations=activations)
         show(found, f"images of {evaluate}", json)
@@ -66,7 +66,7 @@ def evaluate(
 def _with_cache(
     found: ArtifactQuality, artifact: str, dense: str, kind: str, text: Text, sequences: int, length: int, json: bool
 ) -> ArtifactQuality:
-    from layerwise.cache_quality import evaluate_cache
+    from layerwise.jobs.cache_quality import evaluate_cache
 
     with shared.Bar(quiet=json).stage(f"evaluate an {kind} cache", -(-sequences // 4)) as advance:
         cache = evaluate_cache(artifact, dense, kind, text, sequences, length, advance)

@@ -29,7 +29,7 @@ def export(
     force: shared.Force = False,
 ) -> None:
     """Write OUT in a form that needs no layerwise to load."""
-    from layerwise.exporting import ExportOptions, export
+    from layerwise.jobs.exporting import ExportOptions, export
 
     for line in export(artifact, place, to, ExportOptions(force, reencode, evaluate, target)):
         print(line)

@@ -26,8 +26,8 @@ def fit(
     """Learn from TEXT what METHOD needs to know about MODEL, for layerwise generate --method."""
     from dataclasses import asdict
 
-    from layerwise.fitting import Fitting
-    from layerwise.fitting import fit as run
+    from layerwise.jobs.fitting import Fitting
+    from layerwise.jobs.fitting import fit as run
 
     found = run(Fitting(method, network, out, text, seed, threads, force), shared.Bar(quiet=json))
     if json:

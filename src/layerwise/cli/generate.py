@@ -11,7 +11,7 @@ from layerwise.cli import shared
 
 if TYPE_CHECKING:
     from layerwise.generate.wanted import Generation
-    from layerwise.generating import Asked, Speaker
+    from layerwise.jobs.generating import Asked, Speaker
 
 
 def generate(
@@ -52,8 +52,8 @@ def generate(
 ) -> None:
     """Continue PROMPT; greedily unless a temperature is given."""
     from layerwise.errors import InputError
-    from layerwise.generating import Asked, open_speaker, read_prompts
-    from layerwise.generating import generate as run
+    from layerwise.jobs.generating import Asked, open_speaker, read_prompts
+    from layerwise.jobs.generating import generate as run
 
     asked = Asked(max_new_tokens, temperature, top_k, top_p, seed, method, kv_cache, ignore_stop)
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]

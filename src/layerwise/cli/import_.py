@@ -15,7 +15,7 @@ def import_(
     force: shared.Force = False,
 ) -> None:
     """Keep the encodings of a GGUF FILE bit for bit, as an artifact like any other."""
-    from layerwise.importing import import_gguf
+    from layerwise.jobs.importing import import_gguf
 
     size = import_gguf(file, out, force)
     print(f"wrote {out}: {size:,} bytes")

@@ -61,10 +61,10 @@ def make(
     json: shared.Json = False,
 ) -> None:
     """Plan for MODEL, from a work folder in seconds."""
+    from layerwise.acts.prepare import Options
     from layerwise.compress import plan_only
     from layerwise.errors import InputError
     from layerwise.plan.file import write_plan
-    from layerwise.prepare import Options
 
     if out is not None and Path(out).exists() and not force:
         raise InputError(f"{out} exists; choose another name or give --force to replace it")

@@ -54,10 +54,10 @@ def probe(
     from layerwise.report.probe_page import check_page
 
     page = check_page(out, force) if out is not None else None
-    from layerwise.acts import probe as measure
+    from layerwise.acts.prepare import Options
     from layerwise.calibrate.text import DEFAULT
+    from layerwise.library import probe as measure
     from layerwise.network.network import open_network
-    from layerwise.prepare import Options
 
     if reads_text:
         Options(

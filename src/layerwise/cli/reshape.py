@@ -33,9 +33,9 @@ def reshape(
     """Give MODEL another shape, write it as a plain 16-bit checkpoint, and measure it on held-out text."""
     import os
 
-    from layerwise.prepare import Options
+    from layerwise.acts.prepare import Options
+    from layerwise.jobs.reshape import reshape as run
     from layerwise.report.figures import megabytes, significant
-    from layerwise.reshape import reshape as run
 
     options = Options(
         model=model, out=out, calibrate=calibrate, evaluate=evaluate, sequences=sequences, length=length,

@@ -41,8 +41,8 @@ def search(
     """Search an architecture for labelled images within a budget, train it, and write it to OUT."""
     from dataclasses import asdict
 
-    from layerwise.searching import Searching
-    from layerwise.searching import search as run
+    from layerwise.jobs.searching import Searching
+    from layerwise.jobs.searching import search as run
 
     choices = {
         name: shared.whole_numbers(name, text)

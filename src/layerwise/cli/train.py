@@ -43,8 +43,8 @@ def train(
     from dataclasses import asdict
 
     from layerwise.blueprints.decoder import Size
-    from layerwise.training import Pace, Training
-    from layerwise.training import train as run
+    from layerwise.jobs.training import Pace, Training
+    from layerwise.jobs.training import train as run
 
     size = Size(vocabulary, width, inner if inner is not None else 11 * width // 4, blocks, heads, context)
     found = run(

@@ -41,8 +41,8 @@ def tune(
     json: shared.Json = False,
 ) -> None:
     """Recover the quality of a smaller network by layer-wise distillation from the one it was made of."""
-    from layerwise.distilling import distil, table
-    from layerwise.distilling_prepare import Distillation, forecast_distillation, prepare_distillation
+    from layerwise.jobs.distilling import distil, table
+    from layerwise.jobs.distilling_prepare import Distillation, forecast_distillation, prepare_distillation
 
     asked = Distillation(
         student, out, teacher, technique, calibrate, evaluate, sequences, length, text_column, pooling, seed,

@@ -5,8 +5,8 @@
              keep_g = (1 - p - spread) N_g, then the rest of the budget by shares of s_g; a full block passes on
     fine     Wanda or SparseGPT at the sparsity of its block, in every matrix of it
 
-``c_l`` estimates ``sqrt(2 / pi)`` times the length of the gradient (``layerwise/slopes.py``). The share of the rest
-goes by ``s_g``, not by ``s_g N_g``, as in the authors' code.
+``c_l`` estimates ``sqrt(2 / pi)`` times the length of the gradient (``layerwise/acts/slopes.py``). The share of the
+rest goes by ``s_g``, not by ``s_g N_g``, as in the authors' code.
 
 As a plan: a matrix's candidates lie between its smallest and its largest form, and ``keep`` is the place between the
 two. The budget says where all matrices could lie alike (p); ``spread`` is how far below it a block may fall, as a share

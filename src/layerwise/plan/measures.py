@@ -2,7 +2,7 @@
 
 Published rules read different figures off a network: eigenvalues of its Hessian, how far a block turns its input, the
 loss itself with some sites stored. Each is measured when a rule asks for it, once, on the same candidates and tokens
-that every other rule gets (``layerwise/measuring.py``); tests give made-up figures through the same door.
+that every other rule gets (``layerwise/acts/measuring.py``); tests give made-up figures through the same door.
 """
 
 from __future__ import annotations

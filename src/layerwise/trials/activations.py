@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from layerwise.activations import input_grids
-from layerwise.apply import predicted_bytes
-from layerwise.kept import Rebuilt, rebuilt
+from layerwise.acts.activations import input_grids
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.kept import Rebuilt, rebuilt
 from layerwise.recipe import parse_activations
 from layerwise.roles import ActivationQuantizer
 from layerwise.trials.by_loss import GROUP, Ground, Side, Trial, chosen_of

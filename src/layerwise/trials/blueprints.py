@@ -30,9 +30,9 @@ from layerwise.blueprints.decoder import Size, inner_linears
 from layerwise.blueprints.finished import Finished
 from layerwise.calibrate.statistics import SiteStatistics, Use
 from layerwise.engine.progress import Stopwatch
+from layerwise.jobs.training import Corpus, Pace, fit, held_out_loss, make_corpus, windows_of
 from layerwise.plan.menu import fitted
 from layerwise.recipe import parse_blueprint, parse_recipe
-from layerwise.training import Corpus, Pace, fit, held_out_loss, make_corpus, windows_of
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial
 
 LOSS = "held-out loss, nats per token"

@@ -16,14 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 
-from layerwise.apply import predicted_bytes
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.candidates import find_candidates
+from layerwise.acts.disk import keeps_statistics
+from layerwise.acts.kept import Candidates, SiteCandidates, overlay, rebuilt, size_range, with_removals
+from layerwise.acts.measuring import NetworkMeasures
+from layerwise.acts.prepare import Prepared
+from layerwise.acts.refit import refit, refit_by_pass
+from layerwise.acts.removal import find_removals
+from layerwise.acts.rewriting import encoder_of
+from layerwise.acts.shortlist import shortlist
+from layerwise.acts.tuning import tune
 from layerwise.calibrate.passes import Calibration
-from layerwise.candidates import find_candidates
-from layerwise.disk import keeps_statistics
 from layerwise.encoding.encoded import layout_bytes
 from layerwise.engine.progress import Stopwatch
-from layerwise.kept import Candidates, SiteCandidates, overlay, rebuilt, size_range, with_removals
-from layerwise.measuring import NetworkMeasures
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.plan.candidates import layout_of
@@ -33,15 +39,9 @@ from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.order import least_sum
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Allocation, Node
-from layerwise.prepare import Prepared
 from layerwise.recipe import canonical, parse_recipe, parse_technique, parse_tuner
-from layerwise.refit import refit, refit_by_pass
-from layerwise.removal import find_removals
-from layerwise.rewriting import encoder_of
 from layerwise.roles import Allocator
-from layerwise.shortlist import shortlist
 from layerwise.technique import find
-from layerwise.tuning import tune
 
 FLOOR = "rtn"  # what every encoder is held against
 WIDTHS = (4, 3, 2)

@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 
 from layerwise.errors import InputError
-from layerwise.fitting import run_of_tokens
 from layerwise.generate.choice import Choice, Chooser
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.session import Session
 from layerwise.generate.speculation import Proposal, speculate
 from layerwise.generate.wanted import Wanted, Work, silent
-from layerwise.generating import Speaker, open_speaker
+from layerwise.jobs.fitting import run_of_tokens
+from layerwise.jobs.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 from layerwise.roles import Generator
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial

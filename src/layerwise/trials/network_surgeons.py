@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from layerwise.apply import predicted_bytes
+from layerwise.acts.apply import predicted_bytes
+from layerwise.acts.removal import measure_removals
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.network.network import Network
 from layerwise.network.overlay import Overlay
 from layerwise.network.reblocked import reblocked
 from layerwise.recipe import parse_surgeon
-from layerwise.removal import measure_removals
 from layerwise.roles import NetworkSurgeon, Surgeon
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial, floor_menu, planned_floor
 from layerwise.trials.text_depths import text_depth_trials

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+from layerwise.acts.removal import measure_on_steer, measure_removals
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.plan.menu import fitted
 from layerwise.probe.measurement import Compared, Measurement
 from layerwise.recipe import parse_probe, parse_recipe
-from layerwise.removal import measure_on_steer, measure_removals
 from layerwise.trials.by_loss import FLOOR, GROUP, Figures, Ground, Side, Trial
 
 BITS = 3

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.wanted import Wanted, silent
-from layerwise.generating import Speaker
+from layerwise.jobs.generating import Speaker
 from layerwise.recipe import parse_generator
 from layerwise.roles import Generator
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial

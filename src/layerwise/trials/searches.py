@@ -14,11 +14,11 @@ import torch
 
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
+from layerwise.jobs.searching import Searching, labelled, refuse_other_images, run, task_of
 from layerwise.nas.network import count_parameters
 from layerwise.nas.task import Labelled, Task, judged
 from layerwise.recipe import parse_search
 from layerwise.roles import Search
-from layerwise.searching import Searching, labelled, refuse_other_images, run, task_of
 from layerwise.trials.by_loss import Figures, Side, Trial
 
 LOSS = "cross-entropy on held-out images"

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from layerwise.generate.wanted import Generation, Wanted, silent
-from layerwise.generating import open_speaker
+from layerwise.jobs.generating import open_speaker
 from layerwise.recipe import parse_generator
 from layerwise.roles import Generator
 from layerwise.trials.by_loss import Figures, Ground, Side, Trial
