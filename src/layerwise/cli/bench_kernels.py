@@ -45,9 +45,16 @@ def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
     if found.peers:
         shared.print_table(
             "other engines, in the same rounds: " + ", ".join(f"{k} {v}" for k, v in found.versions.items()),
-            ("engine", "activations", "matrix", "batch", "median µs", "±"),
+            ("engine", "activations", "matrix", "batch", "median µs", "±", "beside"),
             [
-                (peer.name, peer.activations, f"{peer.rows} x {peer.columns}", str(peer.batch), *peer_figures(peer))
+                (
+                    peer.name,
+                    peer.activations,
+                    f"{peer.rows} x {peer.columns}",
+                    str(peer.batch),
+                    *peer_figures(peer),
+                    peer.beside,
+                )
                 for peer in found.peers
             ],
             numeric=(3, 4, 5),

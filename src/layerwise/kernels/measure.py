@@ -24,7 +24,7 @@ from layerwise.errors import InputError
 from layerwise.kernels.doctor import cache_bytes, processor
 from layerwise.kernels.library import chosen_path, library, why_absent
 from layerwise.kernels.matrix import PackedMatrix
-from layerwise.kernels.peers import Product, prepared, versions
+from layerwise.kernels.peers import PEERS, Engine, Product, prepared, versions
 from layerwise.kernels.samples import SAMPLES
 
 SET_BYTES = 208_000_000
@@ -66,6 +66,8 @@ class PeerRow:
     microseconds: float | None
     spread: float | None
     absent: str = ""
+    beside: str = "int4"
+    """The form in whose rounds it was timed."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
 
     def over_peers(self, row: Row) -> dict[str, float]:
-        """Each peer's median over this row's, at the same shape and batch: above 1, this one is faster."""
-        size = (row.rows, row.columns, row.batch)
-        alike = [p for p in self.peers if p.microseconds and (p.rows, p.columns, p.batch) == size]
+        """Each peer's median over this row's, where both were timed in the same rounds: above 1, this one is faster."""
+        same = (row.form, row.rows, row.columns, row.batch)
+        alike = [p for p in self.peers if p.microseconds and (p.beside, p.rows, p.columns, p.batch) == same]
         return {peer.name: (peer.microseconds or 0.0) / row.microseconds for peer in alike}
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,11 +111,13 @@ def measure(
         raise InputError(f"the sides of a shape are 1 to {LARGEST_SIDE}")
     rows: list[Row] = []
     others: list[PeerRow] = []
-    beside = "int4" if "int4" in forms else forms[0]
+    # All of them beside the form that most are made for; those of 8 bits beside our own 8 bits as well.
+    beside = {"int8": 8, "int4" if "int4" in forms else forms[0]: None} if peers else {}
     for shape in shapes:
         for form in forms:
             shown(f"{form}, {shape[0]} x {shape[1]}")
-            found, met = _measure(form, *shape, batches, rounds, set_bytes, peers and form == beside)
+            engines = _engines(*shape, set_bytes, beside[form]) if form in beside else []
+            found, met = _measure(form, *shape, batches, rounds, set_bytes, engines)
             rows += found
             others += met
     return Report(
@@ -123,7 +127,13 @@ def measure(
 
 
 def _measure(
-    form: str, rows: int, columns: int, batches: tuple[int, ...], rounds: int, set_bytes: int, with_peers: bool
+    form: str,
+    rows: int,
+    columns: int,
+    batches: tuple[int, ...],
+    rounds: int,
+    set_bytes: int,
+    engines: list[Engine],
 ) -> tuple[list[Row], list[PeerRow]]:
     sample = SAMPLES[form]
     first = PackedMatrix(sample.draw(rows, columns))
@@ -133,7 +143,6 @@ def _measure(
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     dense = [weight.clone() for _ in range(-(-set_bytes // (4 * weight.numel())))]
     halved = [weight.bfloat16() for _ in range(-(-set_bytes // (2 * weight.numel())))]
-    engines = list(prepared(rows, columns, set_bytes)) if with_peers else []
     found, met = [], []
     dots = [0]
     for batch in batches:
@@ -164,9 +173,16 @@ def _measure(
             median_us = None if own is None else statistics.median(own) * 1e6
             spread_us = None if own is None else _spread(own) * 1e6
             met.append(
-                PeerRow(peer.name, peer.activations, peer.bits, rows, columns, batch, median_us, spread_us, absent)
+                PeerRow(
+                    peer.name, peer.activations, peer.bits, rows, columns, batch, median_us, spread_us, absent, form
+                )
             )
     return found, met
+
+
+def _engines(rows: int, columns: int, set_bytes: int, bits: int | None) -> list[Engine]:
+    """The peers of so many bits, or all."""
+    return list(prepared(rows, columns, set_bytes, [p for p in PEERS if bits in (None, p.bits)]))
 
 
 def _dots() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,9 +280,13 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
-def prepared(rows: int, columns: int, set_bytes: int) -> Iterator[tuple[Peer, int, Product | None, str]]:
-    """Each peer with its number of copies and its product, or None and why there is none."""
-    for peer in PEERS:
+Engine = tuple[Peer, int, Product | None, str]
+"""A peer with its number of copies and its product, or None and why there is none."""
+
+
+def prepared(rows: int, columns: int, set_bytes: int, peers: Sequence[Peer] = PEERS) -> Iterator[Engine]:
+    """Each peer, ready to be timed on matrices of this shape."""
+    for peer in peers:
         copies = 1 + set_bytes // peer.bytes(rows, columns)
         try:
             if columns % GROUP or rows % 64:
