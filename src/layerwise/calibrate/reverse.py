@@ -23,6 +23,7 @@ from layerwise.calibrate.moments import Moment, shrunk
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.rows import by_example, counted_rows, importance_of_rows
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, Wanted, diagonal
+from layerwise.engine.memory import give_back
 from layerwise.loss import Loss
 from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
@@ -161,6 +162,8 @@ def reverse_block(
                     output, hidden, observer.seen, directions, moments, batch, tokens_alone, observer.routed
                 )
                 observer.clear()
+                del call, calls, hidden, output, directions
+                give_back()  # else what a batch took adds to what the next takes elsewhere
 
     gradients_in.write(run())
     return found
