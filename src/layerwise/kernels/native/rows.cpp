@@ -1,0 +1,137 @@
+// What a transformer block does with rows of floats between its products: sums, layer norms, GELU.
+//
+// Written in vectors of 16 floats that the compiler lowers to what each target has. Products and sums are rounded by
+// themselves (no fused ones), in one order, so that all targets give the same bits.
+#include <math.h>
+#include <string.h>
+
+#include "parts.h"
+
+namespace layerwise {
+
+namespace {
+
+// Vectors are passed between inlined functions only, whatever their registers are.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#define INLINE inline __attribute__((always_inline))
+
+constexpr int kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+
+INLINE Floats vector_at(const float* from) {
+  Floats v;
+  memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+INLINE void store(float* to, const Floats& v) { memcpy(to, &v, sizeof(v)); }
+
+INLINE float sum_of(const Floats& v) {
+  float lanes[kLanes];
+  memcpy(lanes, &v, sizeof(lanes));
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
+  }
+  return lanes[0];
+}
+
+// `width` is a multiple of 16. The row lies in the first cache from the first pass on.
+INLINE void normalize(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
+                      float epsilon, float* sum, float* out) {
+  float* kept = sum != nullptr ? sum : out;
+  Floats all = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Floats v = vector_at(x + i);
+    if (y != nullptr) v += vector_at(y + i);
+    store(kept + i, v);
+    all += v;
+  }
+  const float mean = sum_of(all) / float(width);
+  Floats squares = {};
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const Floats v = vector_at(kept + i) - mean;
+    squares += v * v;
+  }
+  const float inverse = 1.0f / sqrtf(sum_of(squares) / float(width) + epsilon);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    Floats v = (vector_at(kept + i) - mean) * inverse * vector_at(weight + i);
+    if (shift != nullptr) v += vector_at(shift + i);
+    store(out + i, v);
+  }
+}
+
+INLINE void add(const float* x, const float* y, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += kLanes) store(out + i, vector_at(x + i) + vector_at(y + i));
+}
+
+// x times the probability that a normal variable is below x: max(x, 0) - a tail(a), a = |x|. The tail is a polynomial in
+// t = 2 a / 5.5 - 1, fitted so that the largest error of a tail(a) is least (1.3e-7); behind 5.5 it is below 1.1e-7.
+constexpr float kEnd = 5.5f;
+constexpr float kTail[] = {2.979774261e-03f,  -2.500806190e-02f, 9.455793351e-02f,  -2.068080455e-01f,
+                           2.718897462e-01f,  -1.771654040e-01f, -5.139722303e-02f, 2.184348404e-01f,
+                           -1.630588472e-01f, -3.492520005e-02f, 1.332054287e-01f,  -4.907513782e-02f,
+                           -4.350793362e-02f, 3.013109043e-02f,  5.327594467e-03f,  -5.580551922e-03f};
+constexpr int kTerms = int(sizeof(kTail) / sizeof(kTail[0]));
+
+template <int kVectors>
+INLINE void gelu_at(float* x) {  // several vectors at a time: a step of the polynomial waits for the one before
+  Floats v[kVectors], a[kVectors], t[kVectors], p[kVectors];
+  const Floats end = Floats{} + kEnd;
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) {
+    v[i] = vector_at(x + i * kLanes);
+    a[i] = v[i] < 0.0f ? -v[i] : v[i];
+    a[i] = a[i] > end ? end : a[i];  // written so that NaN stays NaN
+    t[i] = a[i] * (2.0f / kEnd) - 1.0f;
+    p[i] = t[i] * kTail[kTerms - 1] + kTail[kTerms - 2];
+  }
+#pragma GCC unroll 32
+  for (int k = kTerms - 3; k >= 0; --k) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) p[i] = p[i] * t[i] + kTail[k];
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) store(x + i * kLanes, (v[i] < 0.0f ? Floats{} : v[i]) - a[i] * p[i]);
+}
+
+INLINE void gelu(float* x, int64_t count) {
+  constexpr int kVectors = 4;
+  int64_t i = 0;
+  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) gelu_at<kVectors>(x + i);
+  for (; i < count; i += kLanes) {
+    const int64_t left = count - i < kLanes ? count - i : kLanes;
+    float row[kLanes] = {};
+    memcpy(row, x + i, size_t(left) * sizeof(float));
+    gelu_at<1>(row);
+    memcpy(x + i, row, size_t(left) * sizeof(float));
+  }
+}
+
+#define ROWS(name, target)                                                                                       \
+  target void normalize_##name(const float* x, const float* y, int64_t width, const float* weight,               \
+                               const float* shift, float epsilon, float* sum, float* out) {                      \
+    normalize(x, y, width, weight, shift, epsilon, sum, out);                                                    \
+  }                                                                                                              \
+  target void add_##name(const float* x, const float* y, int64_t width, float* out) { add(x, y, width, out); }   \
+  target void gelu_##name(float* x, int64_t count) { gelu(x, count); }                                           \
+  constexpr Rows rows_##name = {normalize_##name, add_##name, gelu_##name}
+
+ROWS(portable, );
+#if defined(LAYERWISE_X86)
+ROWS(avx2, __attribute__((target("avx2"))));
+ROWS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl"))));
+#endif
+
+}  // namespace
+
+const Rows& rows_of(const Path& path) {
+#if defined(LAYERWISE_X86)
+  if (strcmp(path.name, "avx512") == 0) return rows_avx512;
+  if (strcmp(path.name, "avx2") == 0) return rows_avx2;
+#endif
+  (void)path;
+  return rows_portable;
+}
+
+}  // namespace layerwise
