@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
 from layerwise.kernels.measure import PeerRow, Report, Row, measure
+from layerwise.network.fused_blocks import use_fused_blocks
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.network.short_attention import use_short_attention
 from layerwise.recipe import parse_recipe
@@ -91,6 +92,9 @@ def encoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
     eight_short, four_short = copy.deepcopy(eight), copy.deepcopy(four)
     use_short_attention(eight_short)
     use_short_attention(four_short)
+    eight_fused, four_fused = copy.deepcopy(eight_short), copy.deepcopy(four_short)
+    use_fused_blocks(eight_fused)
+    use_fused_blocks(four_fused)
     runs: dict[str, Callable[[], object] | str] = {
         "transformers, float32": lambda: dense(ids),
         "transformers, bfloat16": lambda: halved(ids),
@@ -98,6 +102,8 @@ def encoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
         "layerwise, 4 bits, int8 activations": lambda: four(ids),
         "layerwise, 8 bits, int8 activations, its own attention": lambda: eight_short(ids),
         "layerwise, 4 bits, int8 activations, its own attention": lambda: four_short(ids),
+        "layerwise, 8 bits, int8 activations, fused blocks": lambda: eight_fused(ids),
+        "layerwise, 4 bits, int8 activations, fused blocks": lambda: four_fused(ids),
         "ONNX Runtime, dynamic int8": _onnx_encoder(fresh(), ids),
         "OpenVINO, int8 weights": _openvino_encoder(fresh(), ids),
     }

@@ -61,6 +61,11 @@ class PackedBlock:
             raise ValueError("biases and norms are float32 vectors on the CPU, as long as what they are added to")
         self.heads, self.scale, self.norms_first = heads, scale, norms_first
         self.matrices, self.biases, self.norms = matrices, biases, norms
+        self._vectors = [(t, size) for t, size in given if t is not None]
+
+    def sound(self, gradients: bool = False) -> bool:
+        """Whether biases and norms are still what the library takes; ``gradients``: and none wants one."""
+        return all(_plain(t, size) and not (gradients and t.requires_grad) for t, size in self._vectors)
 
     def run(
         self, x: Tensor, mask: Tensor | None = None, *, int8: bool, path: str | None = None, together: int = 0
