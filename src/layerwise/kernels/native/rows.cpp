@@ -1,35 +1,23 @@
 // What a transformer block does with rows of floats between its products: sums, layer norms, GELU.
 //
-// Written in vectors of 16 floats that the compiler lowers to what each target has. Products and sums are rounded by
-// themselves (no fused ones), in one order, so that all targets give the same bits.
+// Products and sums are rounded by themselves (no fused ones), in one order: all targets give the same bits.
 #include <math.h>
 #include <string.h>
 
 #include "parts.h"
+#include "vectors.h"
 
 namespace layerwise {
 
 namespace {
 
-// Vectors are passed between inlined functions only, whatever their registers are.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#define INLINE inline __attribute__((always_inline))
+constexpr int kLanes = 16;  // partial sums of a row
 
-constexpr int kLanes = 16;
-
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-
-INLINE Floats vector_at(const float* from) {
-  Floats v;
-  memcpy(&v, from, sizeof(v));
-  return v;
-}
-
-INLINE void store(float* to, const Floats& v) { memcpy(to, &v, sizeof(v)); }
-
-INLINE float sum_of(const Floats& v) {
+// Of lanes 0 .. 15, which lie in vectors one after the other.
+template <class V>
+LAYERWISE_STEP float sum_of(const typename V::Floats* parts) {
   float lanes[kLanes];
-  memcpy(lanes, &v, sizeof(lanes));
+  memcpy(lanes, parts, sizeof(lanes));
   for (int step = kLanes / 2; step > 0; step /= 2) {
     for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
   }
@@ -37,32 +25,42 @@ INLINE float sum_of(const Floats& v) {
 }
 
 // `width` is a multiple of 16. The row lies in the first cache from the first pass on.
-INLINE void normalize(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
-                      float epsilon, float* sum, float* out) {
+template <class V>
+LAYERWISE_STEP void normalize(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
+                              float epsilon, float* sum, float* out) {
+  using Floats = typename V::Floats;
+  constexpr int kParts = kLanes / V::kLanes;
   float* kept = sum != nullptr ? sum : out;
-  Floats all = {};
+  Floats all[kParts] = {}, squares[kParts] = {};
   for (int64_t i = 0; i < width; i += kLanes) {
-    Floats v = vector_at(x + i);
-    if (y != nullptr) v += vector_at(y + i);
-    store(kept + i, v);
-    all += v;
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = i + p * V::kLanes;
+      Floats v = V::at(x + at);
+      if (y != nullptr) v += V::at(y + at);
+      V::store(kept + at, v);
+      all[p] += v;
+    }
   }
-  const float mean = sum_of(all) / float(width);
-  Floats squares = {};
+  const float mean = sum_of<V>(all) / float(width);
   for (int64_t i = 0; i < width; i += kLanes) {
-    const Floats v = vector_at(kept + i) - mean;
-    squares += v * v;
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const Floats v = V::at(kept + i + p * V::kLanes) - mean;
+      squares[p] += v * v;
+    }
   }
-  const float inverse = 1.0f / sqrtf(sum_of(squares) / float(width) + epsilon);
-  for (int64_t i = 0; i < width; i += kLanes) {
-    Floats v = (vector_at(kept + i) - mean) * inverse * vector_at(weight + i);
-    if (shift != nullptr) v += vector_at(shift + i);
-    store(out + i, v);
+  const float inverse = 1.0f / sqrtf(sum_of<V>(squares) / float(width) + epsilon);
+  for (int64_t i = 0; i < width; i += V::kLanes) {
+    Floats v = (V::at(kept + i) - mean) * inverse * V::at(weight + i);
+    if (shift != nullptr) v += V::at(shift + i);
+    V::store(out + i, v);
   }
 }
 
-INLINE void add(const float* x, const float* y, int64_t width, float* out) {
-  for (int64_t i = 0; i < width; i += kLanes) store(out + i, vector_at(x + i) + vector_at(y + i));
+template <class V>
+LAYERWISE_STEP void add(const float* x, const float* y, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += V::kLanes) V::store(out + i, V::at(x + i) + V::at(y + i));
 }
 
 // x times the probability that a normal variable is below x: max(x, 0) - a tail(a), a = |x|. The tail is a polynomial in
@@ -74,13 +72,14 @@ constexpr float kTail[] = {2.979774261e-03f,  -2.500806190e-02f, 9.455793351e-02
                            -4.350793362e-02f, 3.013109043e-02f,  5.327594467e-03f,  -5.580551922e-03f};
 constexpr int kTerms = int(sizeof(kTail) / sizeof(kTail[0]));
 
-template <int kVectors>
-INLINE void gelu_at(float* x) {  // several vectors at a time: a step of the polynomial waits for the one before
+template <class V, int kVectors>
+LAYERWISE_STEP void gelu_at(float* x) {  // several vectors at a time: a step of the polynomial waits for the one before
+  using Floats = typename V::Floats;
   Floats v[kVectors], a[kVectors], t[kVectors], p[kVectors];
-  const Floats end = Floats{} + kEnd;
+  const Floats end = V::same(kEnd);
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) {
-    v[i] = vector_at(x + i * kLanes);
+    v[i] = V::at(x + i * V::kLanes);
     a[i] = v[i] < 0.0f ? -v[i] : v[i];
     a[i] = a[i] > end ? end : a[i];  // written so that NaN stays NaN
     t[i] = a[i] * (2.0f / kEnd) - 1.0f;
@@ -92,35 +91,38 @@ INLINE void gelu_at(float* x) {  // several vectors at a time: a step of the pol
     for (int i = 0; i < kVectors; ++i) p[i] = p[i] * t[i] + kTail[k];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) store(x + i * kLanes, (v[i] < 0.0f ? Floats{} : v[i]) - a[i] * p[i]);
+  for (int i = 0; i < kVectors; ++i) V::store(x + i * V::kLanes, (v[i] < 0.0f ? Floats{} : v[i]) - a[i] * p[i]);
 }
 
-INLINE void gelu(float* x, int64_t count) {
+template <class V>
+LAYERWISE_STEP void gelu(float* x, int64_t count) {
   constexpr int kVectors = 4;
   int64_t i = 0;
-  for (; i + kVectors * kLanes <= count; i += kVectors * kLanes) gelu_at<kVectors>(x + i);
-  for (; i < count; i += kLanes) {
-    const int64_t left = count - i < kLanes ? count - i : kLanes;
-    float row[kLanes] = {};
+  for (; i + kVectors * V::kLanes <= count; i += kVectors * V::kLanes) gelu_at<V, kVectors>(x + i);
+  for (; i < count; i += V::kLanes) {
+    const int64_t left = count - i < V::kLanes ? count - i : V::kLanes;
+    float row[V::kLanes] = {};
     memcpy(row, x + i, size_t(left) * sizeof(float));
-    gelu_at<1>(row);
+    gelu_at<V, 1>(row);
     memcpy(x + i, row, size_t(left) * sizeof(float));
   }
 }
 
-#define ROWS(name, target)                                                                                       \
-  target void normalize_##name(const float* x, const float* y, int64_t width, const float* weight,               \
-                               const float* shift, float epsilon, float* sum, float* out) {                      \
-    normalize(x, y, width, weight, shift, epsilon, sum, out);                                                    \
-  }                                                                                                              \
-  target void add_##name(const float* x, const float* y, int64_t width, float* out) { add(x, y, width, out); }   \
-  target void gelu_##name(float* x, int64_t count) { gelu(x, count); }                                           \
+#define ROWS(name, bytes, target)                                                                              \
+  target void normalize_##name(const float* x, const float* y, int64_t width, const float* weight,             \
+                               const float* shift, float epsilon, float* sum, float* out) {                    \
+    normalize<Vector<bytes>>(x, y, width, weight, shift, epsilon, sum, out);                                   \
+  }                                                                                                            \
+  target void add_##name(const float* x, const float* y, int64_t width, float* out) {                          \
+    add<Vector<bytes>>(x, y, width, out);                                                                      \
+  }                                                                                                            \
+  target void gelu_##name(float* x, int64_t count) { gelu<Vector<bytes>>(x, count); }                          \
   constexpr Rows rows_##name = {normalize_##name, add_##name, gelu_##name}
 
-ROWS(portable, );
+ROWS(portable, 16, );
 #if defined(LAYERWISE_X86)
-ROWS(avx2, __attribute__((target("avx2"))));
-ROWS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl"))));
+ROWS(avx2, 32, __attribute__((target("avx2"))));
+ROWS(avx512, 64, __attribute__((target("avx512f,avx512bw,avx512vl"))));
 #endif
 
 }  // namespace
