@@ -124,7 +124,9 @@ def test_gelu_far_out_and_what_is_no_number():
     from layerwise.kernels.matrix import Canonical
 
     one = PackedMatrix(Canonical(32, 32, 8, 32, identity, torch.ones(32, 1).half(), centre=128))
-    zero = PackedMatrix(Canonical(32, 32, 8, 32, torch.full((32, 32), 128).byte(), torch.ones(32, 1).half(), centre=128))
+    zero = PackedMatrix(
+        Canonical(32, 32, 8, 32, torch.full((32, 32), 128).byte(), torch.ones(32, 1).half(), centre=128)
+    )
     shift = torch.linspace(-9, 9, 32)
     norm = Norm(torch.zeros(32), shift, 1e-5)
     plain = (zero,) * 4 + (one, one)

@@ -3,9 +3,9 @@
     a = heads(x),  h = norm(x + a),  y = norm(h + down(gelu(up(h))))              norms behind (BERT)
     h = x + heads(norm(x)),  y = h + down(gelu(up(norm(h))))                      norms in front (ViT)
 
-Products round their inputs as ``PackedMatrix.multiply`` does and give its bits; query, key and value share one rounding.
-Layer norms, GELU (the exact one) and the softmax are computed in float32, to about 1e-6, with the same bits on every path
-and for any number of threads.
+Products round their inputs as ``PackedMatrix.multiply`` does and give its bits; query, key and value share one
+rounding. Layer norms, GELU (the exact one) and the softmax are computed in float32, to about 1e-6, with the same bits on
+every path and for any number of threads.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Norm:
 class PackedBlock:
     """Matrices, biases (float32 [rows] or None, in the order of ``LINEARS``) and the two norms of a block.
 
-    Raises ``ValueError`` where they do not make one: tables of levels, shapes that do not follow one another, heads that
-    are not of 32, 64, 96 or 128 features.
+    Raises ``ValueError`` where they do not make one: tables of levels, shapes that do not follow one another, heads
+    that are not of 32, 64, 96 or 128 features.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class PackedBlock:
     ) -> Tensor:
         """``[sequences, tokens, width]`` float32 on the CPU -> the same shape.
 
-        mask: bool ``[sequences or 1, 1, tokens or 1, tokens]``; false where a key is not seen. int8: round the inputs of
-        products to int8. together: how many sequences a thread takes through the block at once, -1 for all threads on
-        every step; 0 leaves it to the library. It changes no bit.
+        mask: bool ``[sequences or 1, 1, tokens or 1, tokens]``; false where a key is not seen. int8: round the inputs
+        of products to int8. together: how many sequences a thread takes through the block at once, -1 for all threads
+        on every step; 0 leaves it to the library. It changes no bit.
         """
         loaded, path = library(), path or chosen_path()
         if loaded is None or path is None:

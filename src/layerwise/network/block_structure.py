@@ -1,8 +1,8 @@
 """What an encoder's block computes, found by its parts and by running it, never by its name.
 
-A block fits when its parts are six packed linears, two layer norms and one exact GELU, when a run calls them in the order
-of a transformer block, and when the library's own block then gives what the block itself gave for random inputs, with a
-mask and without. Which of the first three linears is query, key and value is tried out.
+A block fits when its parts are six packed linears, two layer norms and one exact GELU, when a run calls them in the
+order of a transformer block, and when the library's own block then gives what the block itself gave for random inputs,
+with a mask and without. Which of the first three linears is query, key and value is tried out.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def structure_of(block: nn.Module, config: Any) -> BlockStructure:
 
 def packed_block(block: nn.Module, structure: BlockStructure) -> PackedBlock:
     """The block's present matrices and vectors for the library. Raises ``Unfit``."""
-    matrices, biases = [], []
+    matrices: list[PackedMatrix] = []
+    biases: list[Tensor | None] = []
     for name in structure.linears:
         module = block.get_submodule(name)
         kernel = module.kernel() if isinstance(module, PackedLinear) else None
@@ -112,6 +113,8 @@ def _parts(block: nn.Module) -> tuple[list[tuple[str, PackedLinear]], Named]:
         direct = [*module._parameters.values(), *module._buffers.values()]
         if id(module) not in known and any(t is not None for t in direct):
             raise Unfit(f"it has parameters of its own in {name or 'itself'}")
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in block.parameters()):
+        raise Unfit("its biases and norms are not float32 on the CPU")
     if any(m.weight is None for _, m in norms):
         raise Unfit("its norms have no weights")
     leaves = [m for m in block.modules() if id(m) not in known and not list(m.children())]

@@ -1,7 +1,8 @@
 """An encoder's blocks by one call of the compiled library each, where they are what it computes.
 
 The blocks keep their place, their parameters and their type's base class; only ``forward`` is laid over, and asks at
-every call whether the library is for it. So ``state_dict``, saving, hooks on the block and ``copy.deepcopy`` are as before.
+every call whether the library is for it. So ``state_dict``, saving, hooks on the block and ``copy.deepcopy`` are as
+before.
 
     layerwise::encoder_block(x, mask, block)   the operator that ``torch.compile`` traces
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -57,13 +59,15 @@ def use_fused_blocks(network: nn.Module) -> FusedBlocks:
         try:
             if chosen_path() is None:
                 raise Unfit("the compiled kernels are absent or turned off")
+            if "adapt" in block.__dict__:
+                raise Unfit("it runs for some tokens or texts only")
             structure = structure_of(block, _config(block, network))
         except Unfit as why:
             left[path] = str(why)
             continue
         block.__dict__["_fused"] = Fused(structure)
         block.__dict__["_number"] = register(block)
-        block.__class__ = fused_class(type(block))
+        block.__class__ = fused_class(type(block))  # type: ignore[arg-type]
         fused.append(path)
     return FusedBlocks(tuple(fused), left)
 
@@ -75,8 +79,9 @@ def release_fused_blocks(network: nn.Module) -> None:
 
 
 def _release(block: nn.Module) -> None:
-    if "_fused" in block.__dict__:
-        block.__class__ = type(block).__bases__[0]
+    own = type(block).__bases__[0]
+    if "_fused" in block.__dict__ and type(block) is fused_class(own):
+        block.__class__ = own
         del block.__dict__["_fused"], block.__dict__["_number"]
 
 
@@ -103,7 +108,8 @@ class Fused:
         self.structure = structure
         self._edges: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._linears: list[PackedLinear] = []
-        self._made: tuple[tuple[object, ...], PackedBlock] | None = None
+        self._vectors: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._made: tuple[list[object], PackedBlock] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"structure": self.structure}
@@ -116,8 +122,10 @@ class Fused:
 
     def run(self, block: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """What the block gives, or None where torch must say it."""
-        if not self._settled(block):
-            return None
+        if not self._edges:
+            self._look(block)
+        if any(own.get(name) is not part for own, name, part in self._edges) or _hooked(p for _, _, p in self._edges):
+            return None  # parts were replaced, or somebody wants to see what goes through one
         int8 = self._linears[0].int8_activations
         if any(linear.int8_activations != int8 for linear in self._linears):
             return None
@@ -128,27 +136,29 @@ class Fused:
             return None
         return made.run(x, mask, int8=int8)
 
-    def _settled(self, block: nn.Module) -> bool:
-        """Whether the block's parts are those that were found, with no hook on any."""
-        if not self._edges or any(owner.get(name) is not part for owner, name, part in self._edges):
-            self._edges = [(m._modules, name, part) for m in block.modules() for name, part in m.named_children()]
-            parts = [block.get_submodule(name) for name in self.structure.linears]
-            self._linears = [part for part in parts if isinstance(part, PackedLinear)]
-            self._made = None
-        return len(self._linears) == len(self.structure.linears) and not any(
-            part._forward_hooks or part._forward_pre_hooks for _, _, part in self._edges
-        )
+    def _look(self, block: nn.Module) -> None:
+        """Where the block keeps its parts: asking it by their names at every call would take as long as a step."""
+        self._edges = [(m._modules, name, part) for m in block.modules() for name, part in m.named_children()]
+        linears = [block.get_submodule(name) for name in self.structure.linears]
+        norms = [block.get_submodule(name) for name in self.structure.norms]
+        self._linears = linears  # type: ignore[assignment]
+        self._vectors = [(m._parameters, name) for m in (*linears, *norms) for name in ("weight", "bias")]
 
     def _present(self, block: nn.Module) -> PackedBlock | None:
         """The block over its present tensors; None where they make none any more."""
-        key: tuple[object, ...] = tuple(linear.kernel() for linear in self._linears)
+        key: list[object] = [linear.kernel() for linear in self._linears]
+        key += [own.get(name) for own, name in self._vectors]
         if self._made is None or any(a is not b for a, b in zip(self._made[0], key, strict=True)):
+            self._made = None
             try:
                 self._made = key, packed_block(block, self.structure)
-            except (Unfit, AttributeError):
-                self._made = None
+            except Unfit:
                 return None
         return self._made[1]
+
+
+def _hooked(modules: Iterable[nn.Module]) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 @cache
@@ -177,12 +187,15 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
         cls.__setstate__(self, state)  # type: ignore[attr-defined]
         self.__dict__["_number"] = register(self)
 
-    own = {"forward": forward, "__reduce_ex__": reduced, "__setstate__": restored, "__module__": cls.__module__}
-    return type(f"Fused{cls.__name__}", (cls,), own)
+    def plain_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    own = {"forward": forward, "plain_forward": plain_forward, "__reduce_ex__": reduced, "__setstate__": restored}
+    return type(f"Fused{cls.__name__}", (cls,), {**own, "__module__": cls.__module__})
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
-    made = fused_class(cls)
+    made = fused_class(cls)  # type: ignore[arg-type]
     return made.__new__(made)
 
 
@@ -192,19 +205,19 @@ def _said(value: object) -> bool:
 
 def traceable(block: nn.Module, x: Tensor, mask: Tensor | None) -> bool:
     """Whether a traced graph may have the block as one node, which has no gradient."""
-    needs = x.requires_grad or any(p.requires_grad for p in block.parameters())
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return False
     sound = x.dim() == 3 and x.dtype == torch.float32 and x.device.type == "cpu"
-    return sound and (mask is None or mask.dtype == torch.bool) and not (needs and torch.is_grad_enabled())
+    return sound and (mask is None or mask.dtype == torch.bool) and not _hooked(list(block.modules())[1:])
 
 
 @torch.library.custom_op("layerwise::encoder_block", mutates_args=())
 def encoder_block(x: Tensor, mask: Tensor | None, block: int) -> Tensor:
     own: Any = module_of(block)
-    y = own._fused.run(own, x, mask)
+    y: Tensor | None = own._fused.run(own, x.detach(), mask)
     if y is None:
-        y = type(own).__bases__[0].forward(own, x, **({} if mask is None else {MASK: mask}))
-        return y.clone()  # type: ignore[no-any-return]
-    return y  # type: ignore[no-any-return]
+        y = own.plain_forward(x, **({} if mask is None else {MASK: mask})).clone()
+    return y  # type: ignore[return-value]
 
 
 @encoder_block.register_fake
