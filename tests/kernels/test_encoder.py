@@ -142,7 +142,7 @@ def test_gelu_far_out_and_what_is_no_number():
 def test_what_it_does_not_take():
     block = drawn(64, 96, 2, [EIGHT])
     x = torch.randn(2, 5, 64)
-    assert takes(x, None, 64) and block.sound()
+    assert takes(x, None, 64) and block.in_place() and not block.wants_gradient()
     wrong = [x.double(), x[0], x[..., :32], torch.randn(1, 1025, 64), x.clone().requires_grad_(), torch.randn(1, 0, 64)]
     for other in wrong:
         with pytest.raises(ValueError, match="a block takes"):

@@ -1,4 +1,4 @@
-"""Blocks by the library inside ordinary transformers networks: found by structure, left to torch where they do not fit."""
+"""Blocks by the library inside transformers networks: found by structure, left to torch where they do not fit."""
 
 from __future__ import annotations
 

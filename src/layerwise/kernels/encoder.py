@@ -4,7 +4,7 @@
     h = x + heads(norm(x)),  y = h + down(gelu(up(norm(h))))                      norms in front (ViT)
 
 Products round their inputs as ``PackedMatrix.multiply`` does and give its bits; query, key and value share one
-rounding. Layer norms, GELU (the exact one) and the softmax are computed in float32, to about 1e-6, with the same bits on
+rounding. Layer norms, GELU (the exact one) and the softmax are computed in float32, to about 1e-6, the same bits on
 every path and for any number of threads.
 """
 
@@ -55,17 +55,32 @@ class PackedBlock:
             raise ValueError("a block has four matrices [width, width], one [inner, width] and one [width, inner]")
         if not head_fits(self.width, heads):
             raise ValueError(f"{heads} heads of a width of {self.width} are not of 32, 64, 96 or 128 features")
-        given = [(b, m.rows) for b, m in zip(biases, matrices, strict=True)]
-        given += [(t, self.width) for norm in norms for t in (norm.weight, norm.shift)]
-        if any(t is not None and not _plain(t, size) for t, size in given):
-            raise ValueError("biases and norms are float32 vectors on the CPU, as long as what they are added to")
         self.heads, self.scale, self.norms_first = heads, scale, norms_first
         self.matrices, self.biases, self.norms = matrices, biases, norms
-        self._vectors = [(t, size) for t, size in given if t is not None]
+        self._describe()
 
-    def sound(self, gradients: bool = False) -> bool:
-        """Whether biases and norms are still what the library takes; ``gradients``: and none wants one."""
-        return all(_plain(t, size) and not (gradients and t.requires_grad) for t, size in self._vectors)
+    def _describe(self) -> None:
+        """What is the same at every call, and where the vectors lie."""
+        given = [(b, m.rows) for b, m in zip(self.biases, self.matrices, strict=True)]
+        given += [(t, self.width) for norm in self.norms for t in (norm.weight, norm.shift)]
+        if any(t is not None and not _plain(t, size) for t, size in given):
+            raise ValueError("biases and norms are float32 vectors on the CPU, as long as what they are added to")
+        self._places = [(t, t.data_ptr()) for t, _ in given if t is not None]
+        first, second = self.norms
+        self._described = EncoderBlock(
+            width=self.width, heads=self.heads, matrix=tuple(m.handle for m in self.matrices),
+            bias=tuple(_address(b) for b in self.biases),
+            weight=(first.weight.data_ptr(), second.weight.data_ptr()),
+            shift=(_address(first.shift), _address(second.shift)), epsilon=(first.epsilon, second.epsilon),
+            scale=self.scale, norms_first=self.norms_first,
+        )  # fmt: skip
+
+    def in_place(self) -> bool:
+        """Whether biases and norms lie where they lay, as those do not whose type or device was changed."""
+        return all(tensor.data_ptr() == place for tensor, place in self._places)
+
+    def wants_gradient(self) -> bool:
+        return any(tensor.requires_grad for tensor, _ in self._places)
 
     def run(
         self, x: Tensor, mask: Tensor | None = None, *, int8: bool, path: str | None = None, together: int = 0
@@ -87,14 +102,13 @@ class PackedBlock:
         seen = None if mask is None else mask.expand(sequences, 1, tokens, tokens)
         if seen is not None and seen.stride(3) != 1:
             seen = seen.contiguous()
-        first, second = self.norms
-        asked = EncoderBlock(
-            sequences, tokens, self.width, self.heads, together, x.data_ptr(), y.data_ptr(),
-            tuple(m.handle for m in self.matrices), tuple(_address(b) for b in self.biases),
-            (first.weight.data_ptr(), second.weight.data_ptr()), (_address(first.shift), _address(second.shift)),
-            (first.epsilon, second.epsilon), self.scale, 1 if int8 else 3, self.norms_first, 0,
-            _address(seen), (0, 0) if seen is None else (seen.stride(0), seen.stride(2)), path.encode(),
-        )  # fmt: skip
+        if not self.in_place():
+            self._describe()
+        asked = EncoderBlock.from_buffer_copy(self._described)
+        asked.sequences, asked.tokens, asked.together = sequences, tokens, together
+        asked.x, asked.y, asked.digits, asked.path = x.data_ptr(), y.data_ptr(), 1 if int8 else 3, path.encode()
+        if seen is not None:
+            asked.mask, asked.mask_stride = seen.data_ptr(), (seen.stride(0), seen.stride(2))
         status = loaded.layerwise_encode(ctypes.byref(asked), ctypes.sizeof(asked), torch.get_num_threads())
         if status == 3:
             raise MemoryError("no memory for a block of an encoder")

@@ -108,8 +108,9 @@ class Fused:
         self.structure = structure
         self._edges: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
         self._linears: list[PackedLinear] = []
-        self._vectors: list[tuple[dict[str, nn.Parameter | None], str]] = []
-        self._made: tuple[list[object], PackedBlock] | None = None
+        self._held: list[tuple[dict[str, Any], str, Tensor | None]] = []
+        self._versions: list[tuple[Tensor, int]] = []
+        self._made: PackedBlock | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"structure": self.structure}
@@ -132,29 +133,36 @@ class Fused:
         if not int8 and chosen_path() != DOT_PATH:
             return None
         made = self._present(block)
-        if made is None or not takes(x, mask, made.width) or not made.sound(torch.is_grad_enabled()):
+        if made is None or not takes(x, mask, made.width) or (torch.is_grad_enabled() and made.wants_gradient()):
             return None
         return made.run(x, mask, int8=int8)
 
     def _look(self, block: nn.Module) -> None:
-        """Where the block keeps its parts: asking it by their names at every call would take as long as a step."""
+        """Where the block keeps its parts: asking for them by name at every call would take as long as a step."""
         self._edges = [(m._modules, name, part) for m in block.modules() for name, part in m.named_children()]
-        linears = [block.get_submodule(name) for name in self.structure.linears]
-        norms = [block.get_submodule(name) for name in self.structure.norms]
-        self._linears = linears  # type: ignore[assignment]
-        self._vectors = [(m._parameters, name) for m in (*linears, *norms) for name in ("weight", "bias")]
+        self._linears = [block.get_submodule(name) for name in self.structure.linears]  # type: ignore[misc]
 
     def _present(self, block: nn.Module) -> PackedBlock | None:
         """The block over its present tensors; None where they make none any more."""
-        key: list[object] = [linear.kernel() for linear in self._linears]
-        key += [own.get(name) for own, name in self._vectors]
-        if self._made is None or any(a is not b for a, b in zip(self._made[0], key, strict=True)):
+        made = self._made
+        if (
+            made is not None
+            and not any(own.get(name) is not tensor for own, name, tensor in self._held)
+            and not any(tensor._version != version for tensor, version in self._versions)
+            and made.in_place()
+        ):
+            return made
+        try:
+            self._made = packed_block(block, self.structure)
+        except Unfit:
             self._made = None
-            try:
-                self._made = key, packed_block(block, self.structure)
-            except Unfit:
-                return None
-        return self._made[1]
+            return None
+        norms = [block.get_submodule(name) for name in self.structure.norms]
+        owners = [own for m in (*self._linears, *norms) for own in (m._parameters, m._buffers)]
+        self._held = [(own, name, tensor) for own in owners for name, tensor in own.items()]
+        stored = [t for linear in self._linears for t in linear._buffers.values() if t is not None]
+        self._versions = [(t, t._version) for t in stored if not t.is_inference()]
+        return self._made
 
 
 def _hooked(modules: Iterable[nn.Module]) -> bool:

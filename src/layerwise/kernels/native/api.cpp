@@ -181,7 +181,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
   if (tokens < 1) return 0;
-  const ActivationRoom room(m, tokens, digits);
+  const ActivationRoom room(*p.path, m, tokens, digits);
   uint8_t* memory = scratch.at_least(room.bytes);
   if (memory == nullptr) return 3;
   const Activations a = room.at(memory, m, tokens, digits);

@@ -82,7 +82,7 @@ struct Run {
   size_t digits_bytes() const {
     size_t own = 0, most = 0;
     for (int which = 0; which < kLinears; ++which) {
-      const size_t bytes = whole_lines(ActivationRoom(matrix(which), count, e.digits).bytes);
+      const size_t bytes = whole_lines(ActivationRoom(path, matrix(which), count, e.digits).bytes);
       if (which <= kValue) {
         own += shared_with(which) == which ? bytes : 0;
       } else {
@@ -101,7 +101,7 @@ struct Run {
   }
 
   Activations digits_at(int which, size_t offset) const {
-    return ActivationRoom(matrix(which), count, e.digits).at(memory + used + offset, matrix(which), count, e.digits);
+    return ActivationRoom(path, matrix(which), count, e.digits).at(memory + used + offset, matrix(which), count, e.digits);
   }
 
   void quantize(int which, const Activations& a, const float* x, int64_t from, int64_t to) const {
@@ -147,7 +147,7 @@ struct Run {
     for (int which = kQuery; which <= kValue; ++which) {
       const int same = shared_with(which);
       a[which] = same == which ? digits_at(which, offset) : a[same];
-      if (same == which) offset += whole_lines(ActivationRoom(matrix(which), count, e.digits).bytes);
+      if (same == which) offset += whole_lines(ActivationRoom(path, matrix(which), count, e.digits).bytes);
     }
     for (int which = kOut; which <= kDown; ++which) a[which] = digits_at(which, 0);
 
@@ -213,7 +213,7 @@ bool fits(const EncoderBlock& e) {
 
 // How many sequences a thread takes at once: about kAtOnce tokens, which with all that is between the steps lie in a
 // second cache, and as many parts for every thread. 0: a thread would have too little to do, or others to wait for it.
-constexpr int64_t kAtOnce = 128, kLeast = 48;
+constexpr int64_t kAtOnce = 64, kLeast = 48;
 
 int64_t together(const EncoderBlock& e, int threads) {
   if (e.together != 0) return e.together < 0 ? 0 : e.together;

@@ -31,12 +31,12 @@ inline size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * k
 // An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
 inline int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
-// The activations of `tokens` for one matrix, `digits` of each (0: as floats).
+// Where the activations of `tokens` for a product by `path` lie, `digits` of each (0: as floats).
 struct ActivationRoom {
   int64_t stride;
   size_t values, sums, bytes;  // `bytes` in all
 
-  ActivationRoom(const Matrix& m, int64_t tokens, int32_t digits) {
+  ActivationRoom(const Path&, const Matrix& m, int64_t tokens, int32_t digits) {
     stride = token_stride(m.width * (digits == 0 ? 4 : digits));
     values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
     bytes = values + sums * size_t(8 + 4 * digits);
