@@ -75,13 +75,12 @@ constexpr int kTerms = int(sizeof(kTail) / sizeof(kTail[0]));
 template <class V, int kVectors>
 LAYERWISE_STEP void gelu_at(float* x) {  // several vectors at a time: a step of the polynomial waits for the one before
   using Floats = typename V::Floats;
-  Floats v[kVectors], a[kVectors], t[kVectors], p[kVectors];
+  Floats a[kVectors], t[kVectors], p[kVectors];
   const Floats end = V::same(kEnd);
 #pragma GCC unroll 8
   for (int i = 0; i < kVectors; ++i) {
-    v[i] = V::at(x + i * V::kLanes);
-    a[i] = v[i] < 0.0f ? -v[i] : v[i];
-    a[i] = a[i] > end ? end : a[i];  // written so that NaN stays NaN
+    a[i] = V::size(V::at(x + i * V::kLanes));
+    a[i] = end < a[i] ? end : a[i];  // written so that NaN stays NaN
     t[i] = a[i] * (2.0f / kEnd) - 1.0f;
     p[i] = t[i] * kTail[kTerms - 1] + kTail[kTerms - 2];
   }
@@ -91,7 +90,10 @@ LAYERWISE_STEP void gelu_at(float* x) {  // several vectors at a time: a step of
     for (int i = 0; i < kVectors; ++i) p[i] = p[i] * t[i] + kTail[k];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) V::store(x + i * V::kLanes, (v[i] < 0.0f ? Floats{} : v[i]) - a[i] * p[i]);
+  for (int i = 0; i < kVectors; ++i) {
+    const Floats v = V::at(x + i * V::kLanes);
+    V::store(x + i * V::kLanes, (v < 0.0f ? Floats{} : v) - a[i] * p[i]);
+  }
 }
 
 template <class V>

@@ -28,6 +28,14 @@ struct Vector;
     }                                                                              \
     static LAYERWISE_STEP void store(float* to, const Floats& v) { memcpy(to, &v, sizeof(v)); } \
     static LAYERWISE_STEP Floats same(float value) { return Floats{} + value; }    \
+    static LAYERWISE_STEP Floats size(const Floats& v) { /* without its sign */    \
+      Ints bits;                                                                   \
+      memcpy(&bits, &v, sizeof(bits));                                             \
+      bits &= 0x7fffffff;                                                          \
+      Floats own;                                                                  \
+      memcpy(&own, &bits, sizeof(own));                                            \
+      return own;                                                                  \
+    }                                                                              \
   }
 
 LAYERWISE_VECTOR(64);
