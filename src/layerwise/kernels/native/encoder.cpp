@@ -213,17 +213,18 @@ bool fits(const EncoderBlock& e) {
 
 // How many sequences a thread takes at once: about kAtOnce tokens, which with all that is between the steps lie in a
 // second cache, and as many parts for every thread. 0: a thread would have too little to do, or others to wait for it.
-constexpr int64_t kAtOnce = 64, kLeast = 48;
+constexpr int64_t kAtOnce = 64, kLeast = 8;
 
 int64_t together(const EncoderBlock& e, int threads) {
   if (e.together != 0) return e.together < 0 ? 0 : e.together;
   const int64_t tokens = e.sequences * e.tokens;
   if (tokens < kLeast * threads) return 0;
   const int64_t rounds = (tokens + kAtOnce * threads - 1) / (kAtOnce * threads), parts = rounds * threads;
-  const int64_t own = (e.sequences + parts - 1) / parts;
-  const int64_t last = (e.sequences + own - 1) / own;                       // parts that there are then
-  const int64_t longest = (last + threads - 1) / threads * own;             // sequences of the busiest thread
-  return e.sequences * 100 >= longest * threads * 85 ? own : 0;
+  for (int64_t own = (e.sequences + parts - 1) / parts; own > 0; --own) {
+    const int64_t made = (e.sequences + own - 1) / own, longest = (made + threads - 1) / threads * own;
+    if (e.sequences * 100 >= longest * threads * 85) return own;  // the busiest thread has hardly more than its share
+  }
+  return 0;
 }
 
 }  // namespace
