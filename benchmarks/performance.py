@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
 from layerwise.kernels.measure import PeerRow, Report, Row, measure
+from layerwise.network.fused_blocks import use_fused_blocks
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.network.short_attention import use_short_attention
 from layerwise.recipe import parse_recipe
@@ -36,6 +37,11 @@ SENTENCES, WORDS = 16, 32
 PROMPT, NEW_TOKENS = 16, 32
 VOCABULARY = 32000
 SETTLED = 0.02  # seconds: threads of the engine before spin for some time, on the cores that the next one needs
+
+FAST = (
+    "*int8 activations*, *its own attention* and *fused blocks* are choices of the user: "
+    "[Compress an encoder](compress-an-encoder.md#run-it-fast)."
+)
 
 Timed = dict[str, float | str]
 """Name -> how many a second, or why there is no figure."""
@@ -91,6 +97,9 @@ def encoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
     eight_short, four_short = copy.deepcopy(eight), copy.deepcopy(four)
     use_short_attention(eight_short)
     use_short_attention(four_short)
+    eight_fused, four_fused = copy.deepcopy(eight_short), copy.deepcopy(four_short)
+    use_fused_blocks(eight_fused)
+    use_fused_blocks(four_fused)
     runs: dict[str, Callable[[], object] | str] = {
         "transformers, float32": lambda: dense(ids),
         "transformers, bfloat16": lambda: halved(ids),
@@ -98,8 +107,11 @@ def encoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
         "layerwise, 4 bits, int8 activations": lambda: four(ids),
         "layerwise, 8 bits, int8 activations, its own attention": lambda: eight_short(ids),
         "layerwise, 4 bits, int8 activations, its own attention": lambda: four_short(ids),
+        "layerwise, 8 bits, int8 activations, fused blocks": lambda: eight_fused(ids),
+        "layerwise, 4 bits, int8 activations, fused blocks": lambda: four_fused(ids),
         "ONNX Runtime, dynamic int8": _onnx_encoder(fresh(), ids),
         "OpenVINO, int8 weights": _openvino_encoder(fresh(), ids),
+        "OpenVINO, int8 weights and activations, quantized by ONNX Runtime": _openvino_static(fresh(), ids),
     }
     return _per_second(runs, SENTENCES, rounds, paused)
 
@@ -123,7 +135,7 @@ def _onnx_encoder(network: nn.Module, ids: Tensor) -> Callable[[], object] | str
     with tempfile.TemporaryDirectory() as folder:
         exact, rounded = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
         try:
-            torch.onnx.export(_Traceable(network), (ids,), str(exact), input_names=["ids"], dynamo=False)
+            _export(network, ids, exact)
             quantize_dynamic(str(exact), str(rounded), weight_type=QuantType.QInt8)
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = torch.get_num_threads()
@@ -132,6 +144,41 @@ def _onnx_encoder(network: nn.Module, ids: Tensor) -> Callable[[], object] | str
             return f"the network could not be exported: {str(broken).splitlines()[0][:80]}"
     fed = {session.get_inputs()[0].name: ids.numpy()}
     return lambda: session.run(None, fed)
+
+
+def _export(network: nn.Module, ids: Tensor, to: Path) -> None:
+    torch.onnx.export(_Traceable(network), (ids,), str(to), input_names=["ids"], dynamo=False)
+
+
+def _openvino_static(network: nn.Module, ids: Tensor) -> Callable[[], object] | str:
+    """Both int8: ONNX Runtime's static quantizer, which OpenVINO reads, in the place of its own."""
+    for needed in ("onnx", "onnxruntime", "openvino"):
+        if importlib.util.find_spec(needed) is None:
+            return f"{needed} is not installed"
+    import openvino
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Once(CalibrationDataReader):  # type: ignore[misc]
+        left = 1
+
+        def get_next(self) -> dict[str, Any] | None:
+            self.left -= 1
+            return {"ids": ids.numpy()} if self.left >= 0 else None
+
+    with tempfile.TemporaryDirectory() as folder:
+        exact, rounded = Path(folder) / "exact.onnx", Path(folder) / "int8.onnx"
+        try:
+            _export(network, ids, exact)
+            quantize_static(
+                str(exact), str(rounded), Once(), quant_format=QuantFormat.QDQ, per_channel=True,
+                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul"],
+            )  # fmt: skip
+            model = openvino.Core().read_model(str(rounded))
+            settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+            request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+        except Exception as broken:
+            return f"the network could not be quantized: {str(broken).splitlines()[0][:80]}"
+    return lambda: request.infer({0: ids.numpy()})
 
 
 def _openvino_encoder(network: nn.Module, ids: Tensor) -> Callable[[], object] | str:
@@ -252,6 +299,7 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
     for title, timed in networks.items():
         lines += ["", f"## {title}", "", "| engine | a second |", "|---|--:|"]
         lines += [f"| {name} | {v if isinstance(v, str) else f'{v:.1f}'} |" for name, v in timed.items()]
+        lines += ["", FAST] if any("fused blocks" in name for name in timed) else []
     return "\n".join(lines) + "\n"
 
 

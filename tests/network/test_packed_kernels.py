@@ -43,7 +43,7 @@ def test_the_product_is_the_references(recipe: str, tokens: int):
     packed, form = linear(recipe)
     x = inputs(tokens, 96)
     expected = x.double() @ form.decode().double().T
-    assert packed._kernel() is not None
+    assert packed.kernel() is not None
     assert float((packed(x) - expected).norm() / expected.norm()) < 1e-5
     assert packed(x.bfloat16()).dtype == torch.bfloat16
     assert float((packed(x.bfloat16()) - expected).norm() / expected.norm()) < 1e-2
@@ -134,7 +134,7 @@ def test_without_a_library_the_reference_multiplies_with_one_warning(monkeypatch
 def test_the_variable_turns_kernels_off(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv(library.VARIABLE, "off")
     packed, form = linear()
-    assert torch.equal(packed(inputs(2, 96)), form.multiply(inputs(2, 96))) and packed._kernel() is None
+    assert torch.equal(packed(inputs(2, 96)), form.multiply(inputs(2, 96))) and packed.kernel() is None
     monkeypatch.setenv(library.VARIABLE, "avx513")
     with pytest.raises(InputError, match="is one of avx512, avx2, portable, off"):
         linear()[0](inputs(2, 96))

@@ -19,7 +19,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 3  # of the C interface
+VERSION = 4  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
@@ -49,6 +49,20 @@ class Attention(ctypes.Structure):
     ]  # fmt: skip
 
 
+class EncoderBlock(ctypes.Structure):
+    """A transformer block of an encoder, as ``native/parts.h`` declares it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("sequences", "tokens", "width", "heads", "together")),
+        ("x", ctypes.c_void_p), ("y", ctypes.c_void_p),
+        ("matrix", ctypes.c_void_p * 6), ("bias", ctypes.c_void_p * 6),
+        ("weight", ctypes.c_void_p * 2), ("shift", ctypes.c_void_p * 2), ("epsilon", ctypes.c_float * 2),
+        ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("digits", "norms_first", "reserved")),
+        ("mask", ctypes.c_void_p), ("mask_stride", ctypes.c_int64 * 2), ("path", ctypes.c_char_p),
+    ]  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_version": (ctypes.c_int32, ()),
     "layerwise_threads": (ctypes.c_char_p, ()),
@@ -72,6 +86,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         + (ctypes.c_int32,),
     ),
     "layerwise_attend": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_encode": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_read": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)),
 }

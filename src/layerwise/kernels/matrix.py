@@ -85,6 +85,11 @@ class PackedMatrix:
         self.nbytes = int(self._library.layerwise_bytes(handle))
         weakref.finalize(self, self._library.layerwise_release, handle)
 
+    @property
+    def handle(self) -> int:
+        """The library's own name of the matrix, good for as long as this object is kept."""
+        return self._handle
+
     def copy(self) -> PackedMatrix:
         """The same matrix in memory of its own."""
         handle = self._library.layerwise_copy(self._handle, torch.get_num_threads())

@@ -41,7 +41,7 @@ def register(module: Any) -> int:
     return number
 
 
-def _module(number: int) -> Product:
+def module_of(number: int) -> Product:
     found = _modules.get(number)
     if found is None:
         raise RuntimeError("the packed module that this graph was traced from is gone; keep it, or trace again")
@@ -50,7 +50,7 @@ def _module(number: int) -> Product:
 
 @torch.library.custom_op("layerwise::packed_product", mutates_args=())
 def packed_product(x: Tensor, module: int, rows: int) -> Tensor:
-    return _module(module).product(x.detach()).clone(memory_format=torch.contiguous_format)
+    return module_of(module).product(x.detach()).clone(memory_format=torch.contiguous_format)
 
 
 @packed_product.register_fake
@@ -60,7 +60,7 @@ def _(x: Tensor, module: int, rows: int) -> Tensor:
 
 @torch.library.custom_op("layerwise::packed_gradient", mutates_args=())
 def packed_gradient(gradient: Tensor, module: int, columns: int) -> Tensor:
-    weight = _module(module).encoded.decode().to(gradient)
+    weight = module_of(module).encoded.decode().to(gradient)
     return gradient.detach() @ weight
 
 
@@ -82,7 +82,7 @@ packed_product.register_autograd(_backward, setup_context=_keep)
 
 @torch.library.custom_op("layerwise::packed_rows", mutates_args=())
 def packed_rows(index: Tensor, module: int, columns: int, like: Tensor) -> Tensor:
-    return _module(module).look_up(index).to(like.dtype)
+    return module_of(module).look_up(index).to(like.dtype)
 
 
 @packed_rows.register_fake

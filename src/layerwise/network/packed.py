@@ -61,7 +61,7 @@ class Packed(nn.Module):
         By a compiled kernel where the form has one and nothing but values is wanted; it adds a float32 bias to float32
         activations as it writes, which is the same sum without another pass over it.
         """
-        kernel = self._kernel() if kernel_takes(x) else None
+        kernel = self.kernel() if kernel_takes(x) else None
         if kernel is None:
             y = self.encoded.multiply(x)
             return y if bias is None else y + bias.to(y.dtype)
@@ -89,7 +89,7 @@ class Packed(nn.Module):
         rows = self.encoded.take_rows(flat) if table is None else table.take(flat)
         return rows.view(*index.shape, self.spec["shape"][1])
 
-    def _kernel(self) -> Multiplier | None:
+    def kernel(self) -> Multiplier | None:
         """The form in the kernels' layout, made at the first product and again whenever a stored tensor changed."""
         form, versions = self._present()
         if self._repacked is None or self._repacked[0] is not form or self._repacked[1] != versions:

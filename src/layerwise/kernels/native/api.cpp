@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "parts.h"
+#include "room.h"
 
 using namespace layerwise;
 
@@ -38,12 +39,16 @@ const Path* path_at(int index) {
   return index >= 0 && index < count ? known[index] : nullptr;
 }
 
-const Path* path_named(const char* name) {
+}  // namespace
+
+const Path* layerwise::path_named(const char* name) {
   for (int i = 0; const Path* path = path_at(i); ++i) {
     if (strcmp(path->name, name) == 0) return path;
   }
   return nullptr;
 }
+
+namespace {
 
 constexpr int64_t kSerialBytes = 64 << 10;  // below this a fork and join takes longer than the product
 
@@ -92,29 +97,7 @@ void quantize_part(void* data, int part, int parts) {
   q.path->quantize(*q.matrix, q.x, q.stride, first, last, *q.activations);
 }
 
-// Memory that a thread keeps for the activations of its next product: fresh pages would cost more than their contents.
-struct Scratch {
-  void* memory = nullptr;
-  size_t bytes = 0;
-  ~Scratch() { free(memory); }
-
-  uint8_t* at_least(size_t wanted) {
-    if (wanted > bytes) {
-      free(memory);
-      bytes = wanted + wanted / 2;
-      memory = aligned_memory(bytes);
-      if (memory == nullptr) bytes = 0;
-    }
-    return static_cast<uint8_t*>(memory);
-  }
-};
-
 thread_local Scratch scratch;
-
-size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
-
-// An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
-int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
 void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
@@ -155,7 +138,7 @@ void count_part(void* data, int, int) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 3; }
+LAYERWISE_API int32_t layerwise_version() { return 4; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -198,21 +181,12 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
   if (tokens < 1) return 0;
-  const int64_t stride = token_stride(m.width * (m.table ? 4 : digits));
-  const size_t values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
-  uint8_t* memory = scratch.at_least(values + sums * size_t(8 + 4 * digits));
+  const ActivationRoom room(*p.path, m, tokens, digits);
+  uint8_t* memory = scratch.at_least(room.bytes);
   if (memory == nullptr) return 3;
-  Activations a = {tokens, m.blocks, stride, digits, nullptr, nullptr, nullptr, nullptr, nullptr};
-  if (m.table) {
-    a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
-  } else {
-    a.codes = reinterpret_cast<int8_t*>(memory);
-    a.steps = reinterpret_cast<float*>(memory + values);
-    a.sums = a.steps + sums;
-    a.counts = a.sums + sums;
-  }
+  const Activations a = room.at(memory, m, tokens, digits);
   Quantization q = {p.path, &m, &a, x, x_stride};
-  parallel(tokens < 8 ? 1 : useful_threads(int64_t(values), tokens, threads), quantize_part, &q);
+  parallel(tokens < 8 ? 1 : useful_threads(int64_t(room.values), tokens, threads), quantize_part, &q);
   p.activations = &a;
   parallel(useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads), multiply_part, &p);
   return 0;
@@ -255,4 +229,10 @@ LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size,
   if (path == nullptr) return 1;
   a.path = path->name;
   return attend(a, threads);
+}
+
+// See parts.h. 0 done; 1 no such path; 3 no memory; 4 it does not fit together.
+LAYERWISE_API int32_t layerwise_encode(const EncoderBlock* block, int64_t size, int32_t threads) {
+  if (block == nullptr || size != int64_t(sizeof(EncoderBlock))) return 4;
+  return encode(*block, threads);
 }

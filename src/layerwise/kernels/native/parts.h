@@ -49,6 +49,43 @@ constexpr int kLongestHead = 128;  // and a multiple of 32
 constexpr int kMostKeys = 1024;
 int attend(Attention& attention, int threads);  // 0 done; 3 no memory; 4 sizes it does not take
 
+// A transformer block of an encoder: a = heads(x), h = norm(x + a), y = norm(h + feed(h)), or, with the norms in front,
+// h = x + heads(norm(x)), y = h + feed(norm(h)). heads: query, key, value, attention, output; feed: up, exact GELU, down.
+// x and y are [sequences, tokens, width], whole; the mask is that of Attention.
+enum Linear : int32_t { kQuery, kKey, kValue, kOut, kUp, kDown, kLinears };
+struct EncoderBlock {
+  int64_t sequences, tokens, width, heads;
+  int64_t together;                 // sequences that a thread takes through the block at once; 0: as fits; -1: all
+                                    // threads do every step together
+  const float* x;
+  float* y;
+  const Matrix* matrix[kLinears];
+  const float* bias[kLinears];      // each may be null
+  const float *weight[2], *shift[2];  // of the norms, [width]; a shift may be null
+  float epsilon[2];
+  float scale;                      // of the scores
+  int32_t digits;                   // of the activations, 1 to 3
+  int32_t norms_first;
+  int32_t reserved;
+  const uint8_t* mask;
+  int64_t mask_stride[2];
+  const char* path;
+};
+
+int encode(const EncoderBlock& block, int threads);  // 0 done; 1 no such path; 3 no memory; 4 it does not fit together
+
+// Whole rows of floats, in plain arithmetic and one order: the same bits on every path.
+struct Rows {
+  // sum = x + y (either may be null: no y, or the sum is not kept), out = (sum - mean) / deviation * weight + shift
+  void (*normalize)(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
+                    float epsilon, float* sum, float* out);
+  void (*add)(const float* x, const float* y, int64_t width, float* out);
+  void (*gelu)(float* x, int64_t count);  // the exact one, in place, to 4e-7
+};
+const Rows& rows_of(const Path& path);
+
+const Path* path_named(const char* name);  // null: it does not run here
+
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
 void parallel(int threads, Body body, void* data);

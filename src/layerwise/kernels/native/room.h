@@ -1,0 +1,59 @@
+// Memory for the activations of products. Included by files that are compiled for every processor only.
+#pragma once
+
+#include <stdlib.h>
+
+#include "parts.h"
+
+namespace {
+
+using namespace layerwise;
+
+// Memory that a thread keeps for its next product: fresh pages would cost more than their contents.
+struct Scratch {
+  void* memory = nullptr;
+  size_t bytes = 0;
+  ~Scratch() { free(memory); }
+
+  uint8_t* at_least(size_t wanted) {
+    if (wanted > bytes) {
+      free(memory);
+      bytes = wanted + wanted / 2;
+      memory = aligned_memory(bytes);
+      if (memory == nullptr) bytes = 0;
+    }
+    return static_cast<uint8_t*>(memory);
+  }
+};
+
+inline size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
+
+// An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
+inline int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
+
+// Where the activations of `tokens` for a product by `path` lie, `digits` of each (0: as floats).
+struct ActivationRoom {
+  int64_t stride;
+  size_t values, sums, bytes;  // `bytes` in all
+
+  ActivationRoom(const Path&, const Matrix& m, int64_t tokens, int32_t digits) {
+    stride = token_stride(m.width * (digits == 0 ? 4 : digits));
+    values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
+    bytes = values + sums * size_t(8 + 4 * digits);
+  }
+
+  Activations at(uint8_t* memory, const Matrix& m, int64_t tokens, int32_t digits) const {
+    Activations a = {tokens, m.blocks, stride, digits, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (digits == 0) {
+      a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
+    } else {
+      a.codes = reinterpret_cast<int8_t*>(memory);
+      a.steps = reinterpret_cast<float*>(memory + values);
+      a.sums = a.steps + sums;
+      a.counts = a.sums + sums;
+    }
+    return a;
+  }
+};
+
+}  // namespace
