@@ -241,8 +241,8 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
         f"- Products from memory: sets of more than {report.set_bytes / 1e6:.0f} MB of weights, medians of interleaved "
         "rounds. *Of reading* is packed bytes over time, over the bandwidth of only reading the same bytes with the "
         "same threads in the same rounds; *of dots* is dot products over those of a loop that does nothing else (the "
-        "limit of large batches; exact activations take three for every product). Ratios above 1 mean that layerwise "
-        "is faster.",
+        "limit of large batches; exact activations take three for every product, bfloat16 ones two). Ratios above 1 "
+        "mean that layerwise is faster.",
         "",
         "## Products",
     ]

@@ -19,7 +19,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 3  # of the C interface
+VERSION = 4  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
@@ -34,6 +34,15 @@ class Stored(ctypes.Structure):
         ("scale", ctypes.c_void_p), ("scale_bytes", ctypes.c_int64),
         ("zero", ctypes.c_void_p), ("zero_bytes", ctypes.c_int64),
         ("factor", ctypes.c_void_p), ("levels", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+class SparseStored(ctypes.Structure):
+    """A matrix of which some entries are kept, as ``native/layout.h`` declares it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "words", "kind", "bits", "groups", "group_words")),
+        *((name, ctypes.c_void_p) for name in ("mask", "starts", "values", "scale", "floor")),
     ]  # fmt: skip
 
 
@@ -66,6 +75,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
         + (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
     ),
+    "layerwise_sparse": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        + (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32),
+    ),
     "layerwise_decode": (
         ctypes.c_int32,
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
@@ -73,6 +87,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "layerwise_attend": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_read_memory": (
+        ctypes.c_uint64,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int32),
+    ),
     "layerwise_read": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)),
 }
 

@@ -61,6 +61,8 @@ struct Product {
   int64_t next;  // tile that nobody has taken yet; negative: every thread has its own run of them
 };
 
+constexpr int64_t kFew = 8;  // up to so many tokens, each of them decodes the codes for itself
+
 // From so many tokens on tiles are taken one by one: a thread that is held up is not waited for.
 constexpr int64_t kShared = 16;
 
@@ -116,6 +118,20 @@ size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * kLine; }
 // An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
 int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
+struct SparseProduct {
+  const Path* path;
+  const Sparse* matrix;
+  const float* x;
+  int64_t stride, tokens;
+  Output out;
+};
+
+void sparse_part(void* data, int part, int parts) {
+  const auto& p = *static_cast<SparseProduct*>(data);
+  const int64_t first = p.matrix->rows * part / parts, last = p.matrix->rows * (part + 1) / parts;
+  if (first < last) p.path->sparse(*p.matrix, p.x, p.stride, p.tokens, first, last, p.out);
+}
+
 void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
@@ -155,7 +171,7 @@ void count_part(void* data, int, int) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 3; }
+LAYERWISE_API int32_t layerwise_version() { return 4; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -198,11 +214,14 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
   if (tokens < 1) return 0;
-  const int64_t stride = token_stride(m.width * (m.table ? 4 : digits));
-  const size_t values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
+  const int64_t together = m.table || tokens <= kFew ? 0 : p.path->side_by_side(int(digits));
+  const int64_t beside = together > 0 ? together : 1, sets = (tokens + beside - 1) / beside;
+  const int64_t stride = token_stride(m.width * (m.table ? 4 : digits) * beside);
+  const size_t values = size_t(sets) * size_t(stride), sums = size_t(sets * beside) * size_t(m.blocks);
   uint8_t* memory = scratch.at_least(values + sums * size_t(8 + 4 * digits));
   if (memory == nullptr) return 3;
-  Activations a = {tokens, m.blocks, stride, digits, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Activations a = {tokens, m.blocks, stride, digits, int32_t(together), nullptr, nullptr, nullptr, nullptr, nullptr,
+                   nullptr};
   if (m.table) {
     a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
   } else {
@@ -210,11 +229,39 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
     a.steps = reinterpret_cast<float*>(memory + values);
     a.sums = a.steps + sums;
     a.counts = a.sums + sums;
+    a.whole = reinterpret_cast<int32_t*>(a.counts);
   }
   Quantization q = {p.path, &m, &a, x, x_stride};
   parallel(tokens < 8 ? 1 : useful_threads(int64_t(values), tokens, threads), quantize_part, &q);
   p.activations = &a;
   parallel(useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads), multiply_part, &p);
+  return 0;
+}
+
+// The same of a matrix of which some entries are kept; what it points to is the caller's, and fits together. 4: sizes that
+// it cannot have.
+LAYERWISE_API int32_t layerwise_sparse(const Sparse* matrix, int64_t size, const char* path, const float* x,
+                                       int64_t tokens, int64_t x_stride, float* y, int64_t y_stride, const float* bias,
+                                       int32_t threads) {
+  if (matrix == nullptr || size != int64_t(sizeof(Sparse))) return 4;
+  const Sparse& m = *matrix;
+  const int64_t width = m.words * kHalf;
+  if (m.rows < 1 || m.columns < 1 || m.columns > width || m.columns <= width - kHalf) return 4;
+  if (m.kind < kHalfValues || m.kind > kCodeValues || m.bits < 1 || m.bits > 8) return 4;
+  if (m.group_words < 1 || m.groups != (m.words + m.group_words - 1) / m.group_words) return 4;
+  SparseProduct p = {path_named(path), &m, x, x_stride, tokens, {y, y_stride, bias}};
+  if (p.path == nullptr) return 1;
+  if (tokens < 1) return 0;
+  if (m.columns < width) {  // the last run of columns is read as if it were whole
+    auto* padded = reinterpret_cast<float*>(scratch.at_least(size_t(tokens) * size_t(width) * sizeof(float)));
+    if (padded == nullptr) return 3;
+    for (int64_t t = 0; t < tokens; ++t) {
+      memcpy(padded + t * width, x + t * x_stride, size_t(m.columns) * sizeof(float));
+      memset(padded + t * width + m.columns, 0, size_t(width - m.columns) * sizeof(float));
+    }
+    p.x = padded, p.stride = width;
+  }
+  parallel(useful_threads(m.starts[m.rows] * tokens, m.rows, threads), sparse_part, &p);
   return 0;
 }
 
@@ -236,6 +283,14 @@ LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int3
   Reading r = {path_named(path), m.data, int64_t(m.bytes) / kLine, 0};
   if (r.path == nullptr) return 0;
   parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
+  return r.found;
+}
+
+// The same of any memory, as far as it is whole lines.
+LAYERWISE_API uint64_t layerwise_read_memory(const uint8_t* data, int64_t bytes, const char* path, int32_t threads) {
+  Reading r = {path_named(path), data, bytes / kLine, 0};
+  if (r.path == nullptr || bytes < 0) return 0;
+  parallel(useful_threads(bytes, r.lines, threads), read_part, &r);
   return r.found;
 }
 
