@@ -29,8 +29,8 @@ KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.uint8: 2}
 class Kept:
     """A stored matrix: ``mask`` bool [rows, columns] and its kept ``values``, row after row, 16-bit floats or codes.
 
-    With codes: ``bits`` of a code, the highest the sign; ``scale`` and ``floor`` float32 [rows, groups], each of ``group``
-    columns, a multiple of 16 or the whole row.
+    With codes: ``bits`` of a code, the highest the sign; ``scale`` and ``floor`` float32 [rows, groups], each of
+    ``group`` columns, a multiple of 16 or the whole row.
     """
 
     mask: Tensor
