@@ -288,7 +288,7 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
         f"- Products from memory: sets of more than {report.set_bytes / 1e6:.0f} MB of weights, medians of interleaved "
         "rounds. *Of reading* is packed bytes over time, over the bandwidth of only reading the same bytes with the "
         "same threads in the same rounds; *of dots* is dot products over those of a loop that does nothing else (the "
-        "limit of large batches; exact activations take three for every product). Ratios to other "
+        "limit of large batches; exact activations take three for every product, bfloat16 ones two). Ratios to other "
         "engines stand where both were timed in the same rounds; above 1 means that layerwise is faster.",
         "",
         "## Products",

@@ -14,7 +14,7 @@ from layerwise.errors import InputError
 from layerwise.kernels import doctor, library, measure
 from layerwise.kernels.library import paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
-from layerwise.kernels.samples import SAMPLES, reference
+from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, reference
 
 compiled = pytest.mark.skipif(not paths(), reason=f"no compiled kernels here: {why_absent()}")
 
@@ -34,7 +34,7 @@ def test_doctor_tests_every_product_on_every_path(monkeypatch: pytest.MonkeyPatc
     said = json.loads(done.output)
     assert said["paths"] == list(paths()) and said["chosen"] in paths() and said["read"] > 0
     tested = {(t["path"], t["form"], t["activations"]) for t in said["tests"] if t["passed"]}
-    assert len(tested) == len(paths()) * (2 * len(SAMPLES) - 1)
+    assert len(tested) == len(paths()) * (2 * len(SAMPLES) - 1 + len(SPARSE_SAMPLES))
     text = CliRunner().invoke(app, ["doctor"]).output
     assert all(path in text for path in paths()) and "GB/s" in text and "WRONG" not in text
 
@@ -57,13 +57,13 @@ def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch):
 
 @compiled
 def test_bench_prints_a_row_for_every_form_shape_and_batch(monkeypatch: pytest.MonkeyPatch):
-    small = functools.partial(measure.measure, set_bytes=1 << 16, forms=("int4", "levels4"))
+    small = functools.partial(measure.measure, set_bytes=1 << 16, forms=("int4", "levels4", "half kept, fp16"))
     monkeypatch.setattr(measure, "measure", small)
     asked = ["bench", "kernels", "--shapes", "64x128,32x64", "--batches", "1,3", "--rounds", "1"]
     done = CliRunner().invoke(app, [*asked, "--json"])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["rows"]
-    assert len(rows) == 2 * 2 * 3  # float and int8 activations of one form, float ones of the other
+    assert len(rows) == 2 * 2 * 7  # float32, bfloat16 and int8 activations of one form, float ones of the others
     assert all(row["microseconds"] > 0 and row["share"] > 0 and row["over_fp32"] > 0 for row in rows)
     assert all((row["of_dots"] > 0) == (row["form"] == "int4") for row in rows)
     assert "64 x 128" in CliRunner().invoke(app, asked).output

@@ -126,6 +126,35 @@ def test_products_have_the_same_bits_on_every_path(dtype: torch.dtype, tokens: i
     assert all(torch.equal(found[0], other) for other in found) and found[0].dtype == dtype
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tokens_have_the_bits_that_each_has_alone(bits: int, kind: str):
+    """Sets that are full and not, several rounds of them, every digit, on every path."""
+    form = packed(integer(40, 172, bits, 64, **KINDS[kind]))
+    for dtype in (torch.float32, torch.bfloat16):
+        x = normal(63, 172).to(dtype)
+        alone = torch.cat([form.multiply(x[i : i + 8]) for i in range(0, 63, 8)])
+        for tokens in (9, 11, 12, 14, 63):
+            for path in paths():
+                assert torch.equal(form.multiply(x[:tokens], path=path), alone[:tokens]), (path, tokens)
+    x = normal(203, 172, seed=1)
+    alone = torch.cat([form.multiply(x[i : i + 8], int8=True) for i in range(0, 203, 8)])
+    for tokens in (9, 15, 97, 203):
+        for path in paths():
+            assert torch.equal(form.multiply(x[:tokens], int8=True, path=path), alone[:tokens]), (path, tokens)
+
+
+def test_values_that_are_not_finite_reach_their_own_token_alone():
+    form, x = packed(integer(20, 96, 4, 32)), normal(20, 96)
+    expected = form.multiply(x)
+    x[3, 5], x[19, 90] = float("nan"), float("inf")
+    for path in paths():
+        found = form.multiply(x, path=path)
+        assert bool(found[[3, 19]].isnan().all())
+        others = [i for i in range(20) if i not in (3, 19)]
+        assert torch.equal(found[others], expected[others])
+
+
 def test_values_far_smaller_than_the_largest_of_their_block_are_kept_to_its_step():
     form = integer(20, 128, 4, 64, symmetric=True)
     x = normal(1, 128) * 1e-4

@@ -3,8 +3,10 @@
 Integers of 2 to 8 bits (symmetric, with whole and with float zeros), codebooks and ternary planes, with fp16 and 8-bit
 scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
 A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
-which is summed over the other way, is kept dense: it has ``rank`` values for a row. Every other form, and every form
-where the library is absent, multiplies through its reference (``Encoded.multiply``).
+which is summed over the other way, is kept dense: it has ``rank`` values for a row. Sparse forms, of a mask and of two
+in four, have kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the
+whole row. Every other form, and every form where the library is absent, multiplies through its reference
+(``Encoded.multiply``).
 """
 
 from __future__ import annotations
@@ -22,10 +24,12 @@ from layerwise.encoding.grid import FittedGrid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.scales import width_of
+from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import chosen_path
 from layerwise.kernels.matrix import Canonical, PackedMatrix, PackedTable
+from layerwise.kernels.sparse import LANES, Kept, SparseMatrix
 
 LANE = 4
 
@@ -85,7 +89,23 @@ def repack(form: Encoded) -> Multiplier | None:
     if isinstance(form, LowRank):
         right = repack(form.right)
         return None if right is None else LowRankProduct(right, form.left.decode())
+    if isinstance(form, Sparse):
+        return sparse_matrix(form)
     return packed_matrix(form)
+
+
+def sparse_matrix(form: Sparse) -> SparseMatrix | None:
+    """A sparse form for its kernel; None as for ``packed_matrix``."""
+    if form.positions.device.type != "cpu" or chosen_path() is None:
+        return None
+    fitted = form.fitted
+    if fitted is None:
+        return SparseMatrix(Kept(form.mask(), form.values))
+    group = fitted.grid.width(form.columns)
+    if group % LANES and group < form.columns:
+        return None
+    codes = form.codes()
+    return SparseMatrix(Kept(form.mask(), codes, fitted.grid.bits, group, fitted.steps(), fitted.floors()))
 
 
 def packed_matrix(form: Encoded) -> PackedMatrix | None:

@@ -158,6 +158,10 @@ class Sparse(Encoded):
             whole[start:stop] = self.decode_rows(start, stop)
         return whole
 
+    def codes(self) -> Tensor:
+        """The codes of the kept entries, row after row: uint8 [kept]."""
+        return self._run(0, self.kept)
+
     def _placed(self, mask: Tensor, values: Tensor) -> Tensor:
         return torch.zeros(mask.shape, device=mask.device).masked_scatter_(mask, values.float())
 

@@ -11,7 +11,7 @@ import torch
 
 from layerwise.kernels.library import chosen_path, library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
-from layerwise.kernels.samples import SAMPLES, reference
+from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, reference
 
 TOLERANCE = {"exact": 1e-5, "int8": 1e-2}  # of the reference's norm
 FEATURES = (
@@ -71,6 +71,12 @@ def self_test() -> list[Test]:
             for activations in ("exact",) if sample.levels else ("exact", "int8"):
                 y = matrix.multiply(x, int8=activations == "int8", path=path)
                 found.append(Test(path, form, activations, float((y - exact).norm() / exact.norm())))
+    for form, kept in SPARSE_SAMPLES.items():
+        exact = x.double() @ kept.draw(37, 300)[1].double().T
+        sparse = kept.packed(37, 300)
+        for path in paths():
+            error = float((sparse.multiply(x, path=path) - exact).norm() / exact.norm())
+            found.append(Test(path, form, "exact", error))
     return found
 
 

@@ -37,6 +37,15 @@ class Stored(ctypes.Structure):
     ]  # fmt: skip
 
 
+class SparseStored(ctypes.Structure):
+    """A matrix of which some entries are kept, as ``native/layout.h`` declares it."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "words", "kind", "bits", "groups", "group_words")),
+        *((name, ctypes.c_void_p) for name in ("mask", "starts", "values", "scale", "floor")),
+    ]  # fmt: skip
+
+
 class Attention(ctypes.Structure):
     """Attention over short sequences, as ``native/parts.h`` declares it."""
 
@@ -80,6 +89,11 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
         + (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32),
     ),
+    "layerwise_sparse": (
+        ctypes.c_int32,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        + (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32),
+    ),
     "layerwise_decode": (
         ctypes.c_int32,
         (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
@@ -88,6 +102,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_attend": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_encode": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_read_memory": (
+        ctypes.c_uint64,
+        (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_int32),
+    ),
     "layerwise_read": (ctypes.c_uint64, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32)),
 }
 

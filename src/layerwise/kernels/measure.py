@@ -4,9 +4,9 @@ For each shape a set of more than ``SET_BYTES`` of every form is made, so that w
 cache, and all of them are timed in turn, round after round: what else the machine does meets all alike. A row's share
 is packed bytes over median time, over the bandwidth of only reading the same bytes with the same threads in the same
 rounds. Its share of dot products is of those that a loop does that has nothing else to do, again in the same rounds;
-exact activations take three for every product with float32 ones. Other engines that are installed (``peers.py``) are
-timed in the rounds of one form, that of int4 where it is among them. Figures are of one machine at one time; nothing
-here judges them.
+activations in float32 (exact) take three for every product, those in bfloat16 two. Other engines that are installed
+(``peers.py``) are timed in the rounds of one form, that of int4 where it is among them. Figures are of one machine at
+one time; nothing here judges them.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ from layerwise.kernels.doctor import cache_bytes, processor
 from layerwise.kernels.library import chosen_path, library, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.peers import PEERS, Engine, Product, prepared, versions
-from layerwise.kernels.samples import SAMPLES
+from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, Sample, SparseSample
+from layerwise.kernels.sparse import SparseMatrix
 
 SET_BYTES = 208_000_000
 SHAPES = ((4096, 4096), (11008, 4096))
 BATCHES = (1, 8, 32)
 LARGEST_SIDE = 1 << 16
+FORMS: dict[str, Sample | SparseSample] = {**SAMPLES, **SPARSE_SAMPLES}
+Matrix = PackedMatrix | SparseMatrix
 MOST_COPIES = 4096
+DIGITS = {"exact": 3, "bf16": 2, "int8": 1}  # dot products for one of activations: float32 ones, bfloat16 ones, rounded
 DOT_ROUNDS = 100_000  # of the loop of dot products: about a millisecond
 
 
@@ -50,7 +54,7 @@ class Row:
     share: float
     over_fp32: float
     over_bf16: float
-    of_dots: float = 0.0  # dot products over those of the same time at the most; 0 for tables, which have none
+    of_dots: float = 0.0  # dot products over those of the same time at the most; 0 for forms that have none
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def measure(
     shapes: tuple[tuple[int, int], ...] = SHAPES,
     batches: tuple[int, ...] = BATCHES,
     rounds: int = 5,
-    forms: tuple[str, ...] = tuple(SAMPLES),
+    forms: tuple[str, ...] = tuple(FORMS),
     set_bytes: int = SET_BYTES,
     shown: Callable[[str], None] = lambda _: None,
     peers: bool = True,
@@ -135,8 +139,8 @@ def _measure(
     set_bytes: int,
     engines: list[Engine],
 ) -> tuple[list[Row], list[PeerRow]]:
-    sample = SAMPLES[form]
-    first = PackedMatrix(sample.draw(rows, columns))
+    sample = FORMS[form]
+    first: Matrix = sample.packed(rows, columns)
     if set_bytes // first.nbytes > MOST_COPIES:
         raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
     packed = [first, *(first.copy() for _ in range(set_bytes // first.nbytes))]
@@ -149,7 +153,7 @@ def _measure(
         x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(1))
         runs = _products(packed, dense, halved, x)
         runs["dots"] = list(range(5)), lambda _: dots.__setitem__(0, _dots())
-        if sample.levels:
+        if not sample.whole:
             del runs["int8"]
         for peer, copies, product, _ in engines:
             if product is not None:
@@ -161,12 +165,11 @@ def _measure(
                 times[name] += taken if turn else []  # the first round meets page faults
         middle = {name: statistics.median(taken) for name, taken in times.items()}
         most = dots[0] / middle["dots"]
-        for activations in (name for name in ("exact", "int8") if name in times):
+        for activations, digits in ((name, digits) for name, digits in DIGITS.items() if name in times):
             median, spread = middle[activations], _spread(times[activations])
-            ratios = (middle["read"] / median, middle["fp32"] / median, middle["bf16"] / median)
+            ratios = (middle["read"] / median, middle["dense fp32"] / median, middle["dense bf16"] / median)
             size = (rows, columns, batch, median * 1e6, spread * 1e6, first.nbytes)
-            digits = 0 if sample.levels else 1 if activations == "int8" else 3
-            done = rows * columns * batch * digits / median
+            done = 0.0 if not sample.whole else rows * columns * batch * digits / median
             found.append(Row(form, activations, *size, *ratios, done / most))
         for peer, _, _, absent in engines:
             own = times.get(peer.name)
@@ -196,16 +199,17 @@ def _of_peer(product: Product, x: Tensor) -> Callable[[int], object]:
 
 
 def _products(
-    packed: list[PackedMatrix], dense: list[Tensor], halved: list[Tensor], x: Tensor
+    packed: list[Matrix], dense: list[Tensor], halved: list[Tensor], x: Tensor
 ) -> dict[str, tuple[list[Any], Callable[[Any], object]]]:
     """What is timed: name -> (the matrices, the product of one of them)."""
     linear, small = torch.nn.functional.linear, x.bfloat16()
     return {
         "read": (packed, lambda matrix: matrix.read()),
         "exact": (packed, lambda matrix: matrix.multiply(x)),
+        "bf16": (packed, lambda matrix: matrix.multiply(small)),
         "int8": (packed, lambda matrix: matrix.multiply(x, int8=True)),
-        "fp32": (dense, lambda weight: linear(x, weight)),
-        "bf16": (halved, lambda weight: linear(small, weight)),
+        "dense fp32": (dense, lambda weight: linear(x, weight)),
+        "dense bf16": (halved, lambda weight: linear(small, weight)),
     }
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.kernels.matrix import Canonical
+from layerwise.kernels.matrix import Canonical, PackedMatrix
+from layerwise.kernels.sparse import Kept, SparseMatrix
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,15 @@ class Sample:
     symmetric: bool = False
     levels: bool = False
     trits: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether activations become whole numbers: int8 ones are then allowed."""
+        return not self.levels
+
+    def packed(self, rows: int, columns: int) -> PackedMatrix:
+        """One for the kernels."""
+        return PackedMatrix(self.draw(rows, columns))
 
     def draw(self, rows: int, columns: int, seed: int = 0) -> Canonical:
         """A matrix of random codes, scales and zeros (never zero pages, which the machine would share)."""
@@ -44,6 +54,36 @@ SAMPLES = {
     "levels4": Sample(4, levels=True),
     "ternary": Sample(2, trits=True),
 }
+
+
+@dataclass(frozen=True)
+class SparseSample:
+    """A matrix of which half is kept, anywhere: fp16 values, or with ``bits`` codes in groups of 64 columns."""
+
+    bits: int = 0
+    whole = False
+
+    def packed(self, rows: int, columns: int) -> SparseMatrix:
+        """One for the kernels."""
+        return SparseMatrix(self.draw(rows, columns)[0])
+
+    def draw(self, rows: int, columns: int, seed: int = 0) -> tuple[Kept, Tensor]:
+        """A matrix of random entries, and what it stands for: float32 [rows, columns]."""
+        g = torch.Generator().manual_seed(seed)
+        mask = torch.rand(rows, columns, generator=g) < 0.5
+        if not self.bits:
+            weight = torch.randn(rows, columns, generator=g).half()
+            return Kept(mask, weight[mask]), weight * mask.float()
+        codes, group = _bytes(rows, columns, 2**self.bits, g), min(64, columns)
+        scale = torch.rand(rows, -(-columns // group), generator=g) + 0.5
+        floor = torch.rand(scale.shape, generator=g)
+        place, sign = torch.arange(columns) // group, 2 ** (self.bits - 1)
+        size = ((codes % sign).float() + floor[:, place]) * scale[:, place]
+        dense = torch.where(codes >= sign, -size, size) * mask
+        return Kept(mask, codes[mask], self.bits, group, scale, floor), dense
+
+
+SPARSE_SAMPLES = {"half kept, fp16": SparseSample(), "half kept, 4 bits": SparseSample(4)}
 
 
 def reference(stored: Canonical) -> Tensor:

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "layout.h"
+#include "tile_parts.h"
 
 namespace {
 
@@ -89,36 +90,69 @@ static inline void block_digits(const float* x, const Block& block, float invers
   }
 }
 
+// The digits of one block, the lowest first, and their sums. Returns the step.
+template <int kDigits>
+static inline float digits_of(const float* x, const Block& block, int8_t* to, float* counts) {
+  constexpr float kTop = kDigits == 1 ? 127.0f : kDigits == 2 ? 32639.0f : 8355711.0f;  // every digit 127
+  const uint32_t bits = largest_of(x + block.column, block.length);
+  float largest;
+  memcpy(&largest, &bits, 4);
+  // Below the least size 1 / step would overflow: such a block counts as zeros. A step of NaN, where a value is not
+  // finite, reaches every output of the token.
+  const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
+  if (!counted) {
+    memset(to, 0, size_t(block.padded) * kDigits);
+    for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
+    return finite ? 0.0f : NAN;
+  }
+  if constexpr (kDigits == 1) {
+    one_digit(x, block, kTop / largest, to, counts);
+  } else {
+    block_digits<kDigits>(x, block, kTop / largest, to, counts);
+  }
+  return largest / kTop;
+}
+
+template <int kDigits>
+static inline float whole_sum(const float* counts) {
+  float sum = counts[0];
+  if constexpr (kDigits > 1) sum += counts[1] * 256.0f;
+  if constexpr (kDigits > 2) sum += counts[2] * 65536.0f;
+  return sum;
+}
+
 template <int kDigits>
 void token_digits(const Matrix& m, const float* x, int64_t token, const Activations& a) {
-  constexpr float kTop = kDigits == 1 ? 127.0f : kDigits == 2 ? 32639.0f : 8355711.0f;  // every digit 127
+  for (int64_t b = 0; b < m.blocks; ++b) {
+    const int64_t at = token * a.blocks + b;
+    int8_t* to = a.codes + token * a.stride + m.block[b].place * kDigits;
+    a.steps[at] = digits_of<kDigits>(x, m.block[b], to, a.counts + at * kDigits);
+    a.sums[at] = whole_sum<kDigits>(a.counts + at * kDigits);
+  }
+}
+
+// The same for panels: four bytes of this token, then those of the tokens that lie beside it.
+template <int kDigits>
+void token_beside(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+  constexpr int kTogether = side_by_side(kDigits);
+  alignas(kLine) int8_t digits[kLongestBlock * kDigits];
+  const int64_t set = token / kTogether, in = token % kTogether;
   for (int64_t b = 0; b < m.blocks; ++b) {
     const Block& block = m.block[b];
-    const int64_t at = token * a.blocks + b;
-    const uint32_t bits = largest_of(x + block.column, block.length);
-    float largest;
-    memcpy(&largest, &bits, 4);
-    auto* to = a.codes + token * a.stride + block.place * kDigits;
-    auto* counts = a.counts + at * kDigits;
-    // Below the least size 1 / step would overflow: such a block counts as zeros. A step of NaN, where a value is not
-    // finite, reaches every output of the token.
-    const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
-    a.steps[at] = !finite ? NAN : counted ? largest / kTop : 0.0f;
-    if (counted) {
-      if constexpr (kDigits == 1) {
-        one_digit(x, block, kTop / largest, to, counts);
-      } else {
-        block_digits<kDigits>(x, block, kTop / largest, to, counts);
-      }
-    } else {
-      memset(to, 0, size_t(block.padded) * kDigits);
-      for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
-    }
-    float sum = counts[0];
-    if constexpr (kDigits > 1) sum += counts[1] * 256.0f;
-    if constexpr (kDigits > 2) sum += counts[2] * 65536.0f;
-    a.sums[at] = sum;
+    const int64_t at = (set * a.blocks + b) * kTogether;
+    float counts[kDigits];
+    a.steps[at + in] = digits_of<kDigits>(x, block, digits, counts);
+    a.sums[at + in] = whole_sum<kDigits>(counts);
+    for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
+    int8_t* to = a.codes + set * a.stride + block.place * kDigits * kTogether + 4 * in;
+    for (int k = 0; k < block.padded * kDigits; k += 4, to += 4 * kTogether) memcpy(to, digits + k, 4);
   }
+}
+
+template <int kDigits>
+void token_of(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+  if (a.together > 0) return token_beside<kDigits>(m, x, token, a);
+  token_digits<kDigits>(m, x, token, a);
 }
 
 void quantize(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
@@ -128,11 +162,11 @@ void quantize(const Matrix& m, const float* x, int64_t stride, int64_t first, in
       auto* to = a.values + t * a.stride;
       for (int64_t b = 0; b < m.blocks; ++b) spread(own, m.block[b], to + m.block[b].place);
     } else if (a.digits == 1) {
-      token_digits<1>(m, own, t, a);
+      token_of<1>(m, own, t, a);
     } else if (a.digits == 2) {
-      token_digits<2>(m, own, t, a);
+      token_of<2>(m, own, t, a);
     } else {
-      token_digits<3>(m, own, t, a);
+      token_of<3>(m, own, t, a);
     }
   }
 }

@@ -99,6 +99,20 @@ void quantize_part(void* data, int part, int parts) {
 
 thread_local Scratch scratch;
 
+struct SparseProduct {
+  const Path* path;
+  const Sparse* matrix;
+  const float* x;
+  int64_t stride, tokens;
+  Output out;
+};
+
+void sparse_part(void* data, int part, int parts) {
+  const auto& p = *static_cast<SparseProduct*>(data);
+  const int64_t first = p.matrix->rows * part / parts, last = p.matrix->rows * (part + 1) / parts;
+  if (first < last) p.path->sparse(*p.matrix, p.x, p.stride, p.tokens, first, last, p.out);
+}
+
 void decode_part(void* data, int part, int parts) {
   const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
@@ -192,6 +206,33 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
   return 0;
 }
 
+// The same of a matrix of which some entries are kept; what it points to is the caller's, and fits together. 4: sizes that
+// it cannot have.
+LAYERWISE_API int32_t layerwise_sparse(const Sparse* matrix, int64_t size, const char* path, const float* x,
+                                       int64_t tokens, int64_t x_stride, float* y, int64_t y_stride, const float* bias,
+                                       int32_t threads) {
+  if (matrix == nullptr || size != int64_t(sizeof(Sparse))) return 4;
+  const Sparse& m = *matrix;
+  const int64_t width = m.words * kHalf;
+  if (m.rows < 1 || m.columns < 1 || m.columns > width || m.columns <= width - kHalf) return 4;
+  if (m.kind < kHalfValues || m.kind > kCodeValues || m.bits < 1 || m.bits > 8) return 4;
+  if (m.group_words < 1 || m.groups != (m.words + m.group_words - 1) / m.group_words) return 4;
+  SparseProduct p = {path_named(path), &m, x, x_stride, tokens, {y, y_stride, bias}};
+  if (p.path == nullptr) return 1;
+  if (tokens < 1) return 0;
+  if (m.columns < width) {  // the last run of columns is read as if it were whole
+    auto* padded = reinterpret_cast<float*>(scratch.at_least(size_t(tokens) * size_t(width) * sizeof(float)));
+    if (padded == nullptr) return 3;
+    for (int64_t t = 0; t < tokens; ++t) {
+      memcpy(padded + t * width, x + t * x_stride, size_t(m.columns) * sizeof(float));
+      memset(padded + t * width + m.columns, 0, size_t(width - m.columns) * sizeof(float));
+    }
+    p.x = padded, p.stride = width;
+  }
+  parallel(useful_threads(m.starts[m.rows] * tokens, m.rows, threads), sparse_part, &p);
+  return 0;
+}
+
 // Tiles first .. last-1 as float32, transposed: y [columns, stride], 32 values a tile. 0 done; 1 no such path; 4 no
 // such tiles.
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
@@ -210,6 +251,14 @@ LAYERWISE_API uint64_t layerwise_read(const void* handle, const char* path, int3
   Reading r = {path_named(path), m.data, int64_t(m.bytes) / kLine, 0};
   if (r.path == nullptr) return 0;
   parallel(useful_threads(int64_t(m.bytes), m.tiles, threads), read_part, &r);
+  return r.found;
+}
+
+// The same of any memory, as far as it is whole lines.
+LAYERWISE_API uint64_t layerwise_read_memory(const uint8_t* data, int64_t bytes, const char* path, int32_t threads) {
+  Reading r = {path_named(path), data, bytes / kLine, 0};
+  if (r.path == nullptr || bytes < 0) return 0;
+  parallel(useful_threads(bytes, r.lines, threads), read_part, &r);
   return r.found;
 }
 

@@ -5,6 +5,22 @@
 
 namespace {
 
+// For every set of eight lanes: how many of them lie below each lane, which is the place of that lane's value.
+struct Places {
+  uint8_t of[256][8] = {};
+
+  constexpr Places() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, below = 0; lane < 8; ++lane) {
+        of[mask][lane] = uint8_t(below);
+        below += mask >> lane & 1;
+      }
+    }
+  }
+};
+
+constexpr Places kPlaces;
+
 struct Simd {
   struct Floats {
     __m256 low, high;
@@ -17,6 +33,8 @@ struct Simd {
   static constexpr int kTokens = 2;  // 8 sums of 16 registers
   static constexpr int kSums = 4;    // 8 of 16 registers
   static constexpr int kPanelSums = 4;
+  static constexpr bool kSplits = true;  // codes of eight bits are cut in two
+  static constexpr int kSparseTokens = 2;
   static constexpr int kHalves = 1;
 
   static inline __m256i half(const void* from) { return _mm256_load_si256(static_cast<const __m256i*>(from)); }
@@ -47,6 +65,17 @@ struct Simd {
   static inline Ints bytes(const uint8_t* from) {
     return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))),
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8)))};
+  }
+  static inline Ints ints(const int32_t* from) { return {half(from), half(from + 8)}; }
+  static inline void keep_minus(int32_t* to, Ints v) {  // -v in the lower half of every lane, 0 in the upper
+    const __m256i none = _mm256_setzero_si256(), low = _mm256_set1_epi32(0xffff);
+    auto* at = reinterpret_cast<__m256i*>(to);
+    _mm256_store_si256(at, _mm256_and_si256(_mm256_sub_epi32(none, v.low), low));
+    _mm256_store_si256(at + 1, _mm256_and_si256(_mm256_sub_epi32(none, v.high), low));
+  }
+  static inline Ints times_low(Ints v, int32_t by) {  // of 16 bits each
+    const __m256i spread = _mm256_set1_epi32(by);
+    return {_mm256_madd_epi16(v.low, spread), _mm256_madd_epi16(v.high, spread)};
   }
   static inline Ints bits(Floats v) { return {_mm256_castps_si256(v.low), _mm256_castps_si256(v.high)}; }
   static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane, whose value fits into it
@@ -84,6 +113,35 @@ struct Simd {
   static inline void store(float* to, Floats v) {
     _mm256_storeu_ps(to, v.low);
     _mm256_storeu_ps(to + 8, v.high);
+  }
+
+  // Eight columns of kept values: those at `from`, spread to the lanes of the bits of `mask`.
+  template <int kKind>
+  static inline __m256 kept_half(const uint8_t* from, uint32_t mask, __m256i low, int up, __m256 floor) {
+    __m256 v;
+    if constexpr (kKind == layerwise::kHalfValues) {
+      v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    } else if constexpr (kKind == layerwise::kBrainValues) {
+      const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      v = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+    } else {
+      const __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+      const __m256i sign = _mm256_and_si256(_mm256_sll_epi32(code, _mm_cvtsi32_si128(up)), _mm256_set1_epi32(INT32_MIN));
+      const __m256 size = _mm256_add_ps(_mm256_cvtepi32_ps(_mm256_and_si256(code, low)), floor);
+      v = _mm256_xor_ps(size, _mm256_castsi256_ps(sign));
+    }
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i here = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(mask)), bit), bit);
+    const __m128i places = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPlaces.of[mask]));
+    return _mm256_and_ps(_mm256_permutevar8x32_ps(v, _mm256_cvtepu8_epi32(places)), _mm256_castsi256_ps(here));
+  }
+
+  template <int kKind>
+  static inline Floats kept(const uint8_t* from, uint32_t mask, Ints low, int up, Floats floor) {
+    constexpr int kBytes = kKind == layerwise::kCodeValues ? 1 : 2;
+    const uint8_t* behind = from + __builtin_popcount(mask & 255) * kBytes;
+    return {kept_half<kKind>(from, mask & 255, low.low, up, floor.low),
+            kept_half<kKind>(behind, mask >> 8, low.high, up, floor.high)};
   }
 
   // `maddubs` adds two products in 16 bits and saturates: codes up to 127 are safe (2 * 127 * 127 = 32258). Those of
@@ -145,6 +203,7 @@ struct Simd {
 }  // namespace
 
 #include "activations.h"
+#include "sparse_loops.h"
 #include "tile_loops.h"
 
 namespace {
@@ -170,5 +229,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx2 = {"avx2", multiply, decode, read_lines, dots, quantize};
+const Path kAvx2 = {"avx2", multiply, decode, read_lines, dots, side_by_side, sparse, quantize};
 }

@@ -13,6 +13,8 @@ struct Simd {
   static constexpr int kTokens = 4;      // 16 sums of 32 registers
   static constexpr int kSums = 24;       // of 32 registers
   static constexpr int kPanelSums = 24;
+  static constexpr bool kSplits = false;
+  static constexpr int kSparseTokens = 8;
   static constexpr int kHalves = 2;
 
   static inline Bytes load(const uint8_t* from) { return _mm512_load_si512(from); }
@@ -36,6 +38,11 @@ struct Simd {
   static inline Ints bytes(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
+  static inline Ints ints(const int32_t* from) { return _mm512_load_si512(from); }
+  static inline void keep_minus(int32_t* to, Ints v) {  // -v in the lower half of every lane, 0 in the upper
+    _mm512_store_si512(to, _mm512_and_si512(_mm512_sub_epi32(whole(0), v), whole(0xffff)));
+  }
+  static inline Ints times_low(Ints v, int32_t by) { return _mm512_madd_epi16(v, whole(by)); }  // of 16 bits each
   static inline Ints bits(Floats v) { return _mm512_castps_si512(v); }
   static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(v));
@@ -52,6 +59,23 @@ struct Simd {
   static inline Floats less(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
   static inline Floats sum_chains(const Floats* s) { return plus(plus(s[0], s[1]), plus(s[2], s[3])); }
   static inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
+
+  // Sixteen columns of kept values: those at `from`, spread to the lanes of the bits of `mask`.
+  template <int kKind>
+  static inline Floats kept(const uint8_t* from, uint32_t mask, Ints low, int up, Floats floor) {
+    Floats v;
+    if constexpr (kKind == layerwise::kHalfValues) {
+      v = halves(from);
+    } else if constexpr (kKind == layerwise::kBrainValues) {
+      const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      v = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+    } else {
+      const Ints code = bytes(from), sign = _mm512_and_si512(_mm512_sll_epi32(code, _mm_cvtsi32_si128(up)), whole(INT32_MIN));
+      const Floats size = plus(to_float(_mm512_and_si512(code, low)), floor);
+      v = _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(size), sign));
+    }
+    return _mm512_maskz_expand_ps(__mmask16(mask), v);
+  }
 
   // Unsigned codes times signed activations, four columns of every row; the instruction does not saturate.
   template <int kBits>
@@ -95,6 +119,7 @@ struct Simd {
 }  // namespace
 
 #include "activations.h"
+#include "sparse_loops.h"
 #include "tile_loops.h"
 
 namespace {
@@ -117,5 +142,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kAvx512 = {"avx512", multiply, decode, read_lines, dots, quantize};
+const Path kAvx512 = {"avx512", multiply, decode, read_lines, dots, side_by_side, sparse, quantize};
 }

@@ -71,15 +71,19 @@ struct Matrix {
 // One digit is what is called int8 activations. Two hold what a bf16 value does, three what a float does, as long as the
 // values of a block are of a size: the error is 2^-16 and 2^-24 of the block's largest. Every sum of products with codes
 // is then exact in int32, and the results are the same bits on every path.
+//
+// Many tokens are multiplied some at a time, and those lie side by side, in sets: `together` of them where it is not 0.
+// The last set may not be full; what is worked out of the missing ones is dropped.
 struct Activations {
   int64_t tokens, blocks;
-  int64_t stride;         // of a token: floats of `values`, bytes of `codes`
-  int32_t digits;
+  int64_t stride;         // floats of `values`, bytes of `codes`, of a token or a set
+  int32_t digits, together;
   float* values;    // [tokens, width]
-  int8_t* codes;    // [tokens, width / 4, digits, 4]
-  float* steps;     // [tokens, blocks]
-  float* counts;    // [tokens, blocks, digits]  sums of the digits: whole numbers below 2^16
-  float* sums;      // [tokens, blocks]  of the values, or of the whole numbers
+  int8_t* codes;    // [tokens, width / 4, digits, 4]         or [sets, width / 4, digits, together, 4]
+  float* steps;     // [tokens, blocks]                       or [sets, blocks, together]
+  float* sums;      // the same, of the values or of the whole numbers
+  float* counts;    // [tokens, blocks, digits]  sums of the digits: whole numbers up to 2^15
+  int32_t* whole;   // [sets, blocks, digits, together]  the same sums, instead
 };
 
 // Where a product goes: `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].
@@ -89,15 +93,34 @@ struct Output {
   const float* bias;  // [rows], added to every token, or null
 };
 
+// A matrix of which some entries are kept. Its arrays are the caller's, who has made sure that they fit one another.
+enum ValueKind : int32_t { kHalfValues = 0, kBrainValues = 1, kCodeValues = 2 };
+
+struct Sparse {
+  int64_t rows, columns, words;  // words: runs of 16 columns, the last one may be short
+  int64_t kind;                  // ValueKind: 16-bit floats of either sort, or codes of a byte each
+  int64_t bits;                  // of a code: the highest is the sign, the others the magnitude m of +- (floor + m) scale
+  int64_t groups, group_words;   // runs of columns with a scale and a floor; one without codes
+  const uint16_t* mask;          // [rows, words]  a bit a column, the first one lowest
+  const int64_t* starts;         // [rows + 1]  of a row's values
+  const uint8_t* values;         // row after row, and 64 bytes behind the last
+  const float *scale, *floor;    // [rows, groups] with codes
+};
+
 // Tiles first .. last-1.
 // decode: `y` is [columns, ...], transposed, with tile `first` at y[0]; all 32 rows of a tile are written.
-// spread, quantize: tokens first .. last-1 of x into the order of the blocks.
+// side_by_side: how many tokens of so many digits are, in large batches.
+// sparse: rows first .. last-1; x is [tokens, 16 * words], `stride` floats between tokens, 0 behind the last column.
+// quantize: tokens first .. last-1 of x into the order of the blocks.
 struct Path {
   const char* name;
   void (*multiply)(const Matrix&, const Activations&, int64_t first, int64_t last, const Output& out);
   void (*decode)(const Matrix&, int64_t first, int64_t last, float* y, int64_t stride);
   uint64_t (*read)(const uint8_t* data, size_t bytes);  // touches every line: the limit that a product is held against
   int64_t (*dots)(int64_t rounds, int32_t* found);  // nothing else: the limit of many tokens; how many products
+  int (*side_by_side)(int digits);
+  void (*sparse)(const Sparse&, const float* x, int64_t stride, int64_t tokens, int64_t first, int64_t last,
+                 const Output& out);
   void (*quantize)(const Matrix&, const float* x, int64_t x_stride, int64_t first, int64_t last, const Activations&);
 };
 

@@ -21,6 +21,8 @@ struct Simd {
   static constexpr int kTokens = 1;
   static constexpr int kSums = 1;
   static constexpr int kPanelSums = 1;
+  static constexpr bool kSplits = false;
+  static constexpr int kSparseTokens = 1;
   static constexpr int kHalves = 1;
 
 #define LAYERWISE_LANES(type, value)                     \
@@ -55,6 +57,11 @@ struct Simd {
     LAYERWISE_LANES(Floats, half_to_float(half[r]));
   }
   static inline Ints bytes(const uint8_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline Ints ints(const int32_t* from) { LAYERWISE_LANES(Ints, from[r]); }
+  static inline void keep_minus(int32_t* to, const Ints& v) {  // -v in the lower half of every lane, 0 in the upper
+    for (int r = 0; r < 16; ++r) to[r] = -v.lane[r] & 0xffff;
+  }
+  static inline Ints times_low(const Ints& v, int32_t by) { LAYERWISE_LANES(Ints, int16_t(v.lane[r]) * int16_t(by)); }
   static inline Ints bits(const Floats& v) {
     Ints out;
     memcpy(out.lane, v.lane, 64);
@@ -79,6 +86,29 @@ struct Simd {
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES
+
+  // Sixteen columns of kept values: those at `from`, spread to the lanes of the bits of `mask`.
+  template <int kKind>
+  static inline Floats kept(const uint8_t* from, uint32_t mask, const Ints& low, int up, const Floats& floor) {
+    Floats out;
+    for (int r = 0; r < 16; ++r) {
+      out.lane[r] = 0.0f;
+      if ((mask >> r & 1) == 0) continue;
+      if constexpr (kKind == layerwise::kCodeValues) {
+        const float size = float(*from & low.lane[r]) + floor.lane[r];
+        out.lane[r] = (uint32_t(*from) << up) >> 31 ? -size : size;
+        from += 1;
+      } else {
+        uint16_t half;
+        memcpy(&half, from, 2);
+        const uint32_t brain = uint32_t(half) << 16;
+        memcpy(&out.lane[r], &brain, 4);
+        if constexpr (kKind == layerwise::kHalfValues) out.lane[r] = half_to_float(half);
+        from += 2;
+      }
+    }
+    return out;
+  }
 
   template <int kBits>
   static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {
@@ -110,6 +140,7 @@ struct Simd {
 }  // namespace
 
 #include "activations.h"
+#include "sparse_loops.h"
 #include "tile_loops.h"
 
 namespace {
@@ -129,5 +160,5 @@ uint64_t read_lines(const uint8_t* data, size_t bytes) {
 }  // namespace
 
 namespace layerwise {
-const Path kPortable = {"portable", multiply, decode, read_lines, dots, quantize};
+const Path kPortable = {"portable", multiply, decode, read_lines, dots, side_by_side, sparse, quantize};
 }

@@ -31,19 +31,24 @@ inline size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * k
 // An odd number of lines, so that the same column of several tokens does not fall on the same place of a cache.
 inline int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
+constexpr int64_t kFew = 8;  // up to so many tokens, each of them decodes the codes for itself
+
 // Where the activations of `tokens` for a product by `path` lie, `digits` of each (0: as floats).
 struct ActivationRoom {
-  int64_t stride;
+  int64_t together, stride;
   size_t values, sums, bytes;  // `bytes` in all
 
-  ActivationRoom(const Path&, const Matrix& m, int64_t tokens, int32_t digits) {
-    stride = token_stride(m.width * (digits == 0 ? 4 : digits));
-    values = size_t(tokens) * size_t(stride), sums = size_t(tokens) * size_t(m.blocks);
+  ActivationRoom(const Path& path, const Matrix& m, int64_t tokens, int32_t digits) {
+    together = digits == 0 || tokens <= kFew ? 0 : path.side_by_side(int(digits));
+    const int64_t beside = together > 0 ? together : 1, sets = (tokens + beside - 1) / beside;
+    stride = token_stride(m.width * (digits == 0 ? 4 : digits) * beside);
+    values = size_t(sets) * size_t(stride), sums = size_t(sets * beside) * size_t(m.blocks);
     bytes = values + sums * size_t(8 + 4 * digits);
   }
 
   Activations at(uint8_t* memory, const Matrix& m, int64_t tokens, int32_t digits) const {
-    Activations a = {tokens, m.blocks, stride, digits, nullptr, nullptr, nullptr, nullptr, nullptr};
+    Activations a = {tokens, m.blocks, stride, digits, int32_t(together), nullptr, nullptr, nullptr, nullptr, nullptr,
+                     nullptr};
     if (digits == 0) {
       a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
     } else {
@@ -51,6 +56,7 @@ struct ActivationRoom {
       a.steps = reinterpret_cast<float*>(memory + values);
       a.sums = a.steps + sums;
       a.counts = a.sums + sums;
+      a.whole = reinterpret_cast<int32_t*>(a.counts);
     }
     return a;
   }
