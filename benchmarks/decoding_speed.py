@@ -6,9 +6,12 @@
 - *lossless*: every prompt by plain greedy decoding and by each method, token for token. In float32 a pass over several
   tokens adds its sums in another order than a pass over one, so a text may turn at a token whose two best scores are
   equal to rounding; these are counted, with the largest gap between the two at such a place. ``--dtype float64`` has
-  none to count.
-- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second and the ratio of times to
-  plain decoding's.
+  none to count. *tokens a pass* is what a pass of the whole network adds; *bytes read* are the weights of all passes,
+  drafts' included and each pass counted once, over plain decoding's: what the time would be if reading weights were all.
+- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, and how many times as fast
+  as plain decoding.
+- *a pass over several tokens*: milliseconds of all blocks and of the head, medians, and over those of one token. What
+  it costs more than one token's is what verification loses.
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
   with transformers' cache and a known token, medians of rounds in turn.
 
@@ -95,8 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found |= {"lossless": lossless, "speed": speed}
     size = sum(p.numel() for p in network.module.parameters()) / 1e6
     overhead = overheads(network, prompts[0] if prompts else list(range(3, 19)), given.tokens)
-    tables.append(Table.of(f"{name} ({size:.0f} M parameters, {given.dtype}): overhead", overhead))
-    publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found, "overhead": overhead})
+    passes = passes_over(network, prompts[0] if prompts else list(range(3, 19)))
+    tables.append(Table.of(f"{name}: a pass over several tokens", passes))
+    tables.append(Table.of(f"{name} ({size:.2f} M parameters, {given.dtype}): overhead", overhead))
+    found |= {"passes": passes, "overhead": overhead}
+    publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found})
     return 0
 
 
@@ -136,7 +142,8 @@ def fitted(method: str, speaker: Speaker, given: argparse.Namespace, scratch: Pa
 def compare(network: CausalNetwork, prompts: Sequence[list[int]], method: str, count: int) -> dict[str, Any]:
     """How many texts are plain decoding's, and how close the two best scores were where one is not."""
     wanted, gaps, texts = Wanted(count, ignore_stop=True), [], 0
-    work = {"full_passes": 0, "drafted": 0, "accepted": 0}
+    work = {"full_passes": 0, "drafted": 0, "accepted": 0, "read_bytes": 0}
+    block, head = network.read_bytes
     for start in range(0, len(prompts), ROWS_AT_ONCE):
         rows = prompts[start : start + ROWS_AT_ONCE]
         plain = parse_generator("plain").generate(network, rows, wanted, silent)
@@ -153,6 +160,8 @@ def compare(network: CausalNetwork, prompts: Sequence[list[int]], method: str, c
         "turned at a tie": sum(g < 1e-4 for g in gaps), "turned otherwise": sum(g >= 1e-4 for g in gaps),
         "largest gap": max(gaps, default=None), "accepted": work["accepted"] / max(1, work["drafted"]),
         "full passes a token": work["full_passes"] / (texts * (count - 1)),
+        "tokens a pass": texts * (count - 1) / max(1, work["full_passes"]),
+        "bytes read": work["read_bytes"] / (texts * (count - 1) * (len(network.blocks) * block + head)),
     }  # fmt: skip
 
 
@@ -177,15 +186,36 @@ def speeds(
             began = time.perf_counter()
             parse_generator(name).generate(network, [prompt], wanted, silent)
             taken.append(time.perf_counter() - began)
-    ratios = {name: [a / b for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
+    ratios = {name: [b / a for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
     return [
         {
             "method": name, "tokens/s": count * len(taken) / sum(taken),
-            "median ratio of times": statistics.median(ratios[name]),
-            "best": min(ratios[name]), "worst": max(ratios[name]),
+            "times as fast as plain": sum(seconds["plain"]) / sum(taken), "median": statistics.median(ratios[name]),
+            "worst": min(ratios[name]), "best": max(ratios[name]),
         }
         for name, taken in seconds.items()
     ]  # fmt: skip
+
+
+@torch.inference_mode()
+def passes_over(network: CausalNetwork, prompt: list[int], rounds: int = 40) -> list[dict[str, Any]]:
+    """Milliseconds of one pass over 1, 2, 3, … next tokens; the sizes in turn."""
+    session, blocks = network.session(1, len(prompt) + 16), range(len(network.blocks))
+    session.prefill([prompt])
+    taken: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, 2, 3, 4, 6, 8)}
+    for _ in range(rounds):
+        for count, found in taken.items():
+            tokens = torch.tensor([(prompt * count)[:count]])
+            began = time.perf_counter()
+            hidden = session.run(session.embed(tokens, session.lengths), blocks, session.lengths)
+            between = time.perf_counter()
+            session.scores(hidden)
+            found.append((between - began, time.perf_counter() - between))
+    medians = {n: [1e3 * statistics.median(part) for part in zip(*found, strict=True)] for n, found in taken.items()}
+    return [
+        {"tokens": n, "blocks, ms": a, "head, ms": b, "over one token": (a + b) / sum(medians[1])}
+        for n, (a, b) in medians.items()
+    ]
 
 
 @torch.inference_mode()

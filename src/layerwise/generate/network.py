@@ -73,6 +73,7 @@ class CausalNetwork:
 
         return Session(self, rows, self.longest if capacity is None else capacity, cache, spare)
 
+    @cached_property
     def read_bytes(self) -> tuple[int, int]:
         """Bytes of one block (the mean) and of the head: what a pass of one token reads from memory."""
         blocks = sum(_bytes(block) for block in self.blocks) // len(self.blocks)

@@ -70,13 +70,16 @@ class SelfSpeculative(Generator):
                 session = network.session(1, len(prompt) + wanted.new_tokens, wanted.cache)
                 seen: list[torch.Tensor] = []
                 scores = session.scores(session.prefill([prompt], seen))[0, -1]
-                plan: Plan = choose_plan(session, prompt, seen, wanted.choice, fixed, self.draft, self.most)
+                plan: Plan = choose_plan(
+                    session, prompt, seen, wanted.choice, fixed, self.draft, self.most, self.tokens
+                )
+                draft, pace = plan.drafting(self.tokens, self.most, self.floor)
                 del seen
                 work.prefill_seconds += time.perf_counter() - began
                 began = time.perf_counter()
                 text = speculate(
-                    session, chooser.pick(scores), plan.draft(), plan.pace(self.tokens, self.most, self.floor),
-                    chooser, wanted, work, lambda tokens, row=row: emit(row, tokens),  # type: ignore[misc]
+                    session, chooser.pick(scores), draft, pace, chooser, wanted, work,
+                    lambda tokens, row=row: emit(row, tokens),  # type: ignore[misc]
                 )  # fmt: skip
                 work.decode_seconds += time.perf_counter() - began
             texts.append(tuple(text))

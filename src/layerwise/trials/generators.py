@@ -30,7 +30,7 @@ from layerwise.errors import InputError
 from layerwise.generate.choice import Choice, Chooser
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.session import Session
-from layerwise.generate.speculation import Proposal, speculate
+from layerwise.generate.speculation import Proposal, Steady, speculate
 from layerwise.generate.wanted import Wanted, Work, silent
 from layerwise.jobs.fitting import run_of_tokens
 from layerwise.jobs.generating import Speaker, open_speaker
@@ -217,21 +217,11 @@ class Repeat:
         """It knows nothing but the last token."""
 
 
-class Four:
-    """Four drafts a round."""
-
-    def count(self) -> int:
-        return 4
-
-    def seen(self, drafted: int, accepted: int) -> None:
-        """Nothing changes its mind."""
-
-
 @torch.inference_mode()
 def repeat(network: CausalNetwork, prompt: Sequence[int], tally: Tally) -> None:
     """Count what the repeating draft is worth."""
     session = network.session(1, len(prompt) + NEW_TOKENS)
     first = int(session.scores(session.prefill([prompt]))[0, -1].argmax())
     work, wanted = Work(prefilled=1), Wanted(NEW_TOKENS, ignore_stop=True)
-    text = speculate(session, first, Repeat(), Four(), Choice().chooser(), wanted, work, lambda _: None)
+    text = speculate(session, first, Repeat(), Steady(4), Choice().chooser(), wanted, work, lambda _: None)
     tally.add(0.0, text, work)
