@@ -6,10 +6,10 @@
 - *lossless*: every prompt by plain greedy decoding and by each method, token for token. In float32 a pass over several
   tokens adds its sums in another order than a pass over one, so a text may turn at a token whose two best scores are
   equal to rounding; these are counted, with the largest gap between the two at such a place. ``--dtype float64`` has
-  none to count. *tokens a pass* is what a pass of the whole network adds; *bytes read* are the weights of all passes,
-  drafts' included and each pass counted once, over plain decoding's: what the time would be if reading weights were all.
-- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, and how many times as fast
-  as plain decoding.
+  none to count. *tokens a pass* is what a pass of the whole network adds; *bytes read* are the weights that all passes
+  read, drafts' included and each pass counted once, over plain decoding's: the time, if reading weights were all of it.
+- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, and how many times as
+  fast as plain decoding.
 - *a pass over several tokens*: milliseconds of all blocks and of the head, medians, and over those of one token. What
   it costs more than one token's is what verification loses.
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward

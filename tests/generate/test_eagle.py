@@ -14,7 +14,6 @@ from torch import Tensor
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.generate import eagle as technique_file
-from layerwise.generate.branches import branch_of
 from layerwise.generate.choice import Choice
 from layerwise.generate.draft_head import FILE, DraftHead, load_head, recorded, run_block, save_head, train_head
 from layerwise.generate.speculation import Proposal, Steady, speculate, verify

@@ -64,7 +64,7 @@ class Draft(Protocol):
     """Proposes tokens. It may run blocks of the session at its length and behind; it must not change the length."""
 
     def propose(self, session: Session, last: int, count: int, chooser: Chooser) -> Proposal:
-        """Up to ``count`` >= 1 tokens, one behind the other, that may follow ``last``, which is not in the cache yet."""
+        """Tokens that may follow ``last``, which is not in the cache yet, to a depth of at most ``count`` >= 1."""
 
     def confirmed(self, tokens: Sequence[int], hidden: Tensor) -> None:
         """Told after each round: the tokens that joined, and the last block's states [1, m + 1, d] that chose them."""
