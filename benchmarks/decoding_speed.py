@@ -8,8 +8,8 @@
   equal to rounding; these are counted, with the largest gap between the two at such a place. ``--dtype float64`` has
   none to count. *tokens a pass* is what a pass of the whole network adds; *bytes read* are the weights that all passes
   read, drafts' included and each pass counted once, over plain decoding's: the time, if reading weights were all of it.
-- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, and how many times as
-  fast as plain decoding.
+- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, the prompt's pass
+  included and the reading of files left out, and how many times as fast as plain decoding.
 - *a pass over several tokens*: milliseconds of all blocks and of the head, medians, and over those of one token. What
   it costs more than one token's is what verification loses.
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
@@ -50,6 +50,7 @@ from layerwise.jobs.fitting import run_of_tokens
 from layerwise.jobs.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 
+PARTS = ("lossless", "speed", "passes", "overhead")
 ROWS_AT_ONCE = 20  # of plain decoding, where only its tokens are wanted
 
 
@@ -67,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--timed", type=int, default=12, help="prompts of the comparison of speed (%(default)s)")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     add_output_options(parser)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    tables, found = [], {}
+    found: dict[str, list[dict[str, Any]]] = {}
     if given.random:
         width, blocks, words = given.random
         name, network, prompts = f"random LLaMA, {width} x {blocks}", random_network(width, blocks, words), []
@@ -86,22 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prompts:
         with tempfile.TemporaryDirectory() as scratch:
             methods = [fitted(method, speaker, given, Path(scratch)) for method in given.methods]
-            lossless = [compare(network, prompts, method, given.tokens) for method in methods]
-            speed = speeds(network, prompts[: given.timed], methods, given.tokens)
+            if "lossless" in given.parts:
+                found["lossless"] = [compare(network, prompts, method, given.tokens) for method in methods]
+            if "speed" in given.parts:
+                found["speed"] = speeds(network, prompts[: given.timed], methods, given.tokens)
         labels = dict(zip(methods, given.methods, strict=True))
-        for row in (*lossless, *speed):
+        for row in (*found.get("lossless", ()), *found.get("speed", ())):
             row["method"] = labels.get(row["method"], row["method"])
-        tables += [
-            Table.of(f"{name}: greedy text against plain decoding's", lossless),
-            Table.of(f"{name}: speed", speed),
-        ]
-        found |= {"lossless": lossless, "speed": speed}
+    prompt = prompts[0] if prompts else list(range(3, 19))
+    if "passes" in given.parts:
+        found["passes"] = passes_over(network, prompt)
+    if "overhead" in given.parts:
+        found["overhead"] = overheads(network, prompt, given.tokens)
     size = sum(p.numel() for p in network.module.parameters()) / 1e6
-    overhead = overheads(network, prompts[0] if prompts else list(range(3, 19)), given.tokens)
-    passes = passes_over(network, prompts[0] if prompts else list(range(3, 19)))
-    tables.append(Table.of(f"{name}: a pass over several tokens", passes))
-    tables.append(Table.of(f"{name} ({size:.2f} M parameters, {given.dtype}): overhead", overhead))
-    found |= {"passes": passes, "overhead": overhead}
+    titles = {
+        "lossless": f"{name}: greedy text against plain decoding's", "speed": f"{name}: speed",
+        "passes": f"{name}: a pass over several tokens",
+        "overhead": f"{name} ({size:.2f} M parameters, {given.dtype}): overhead",
+    }  # fmt: skip
+    tables = [Table.of(titles[part], rows) for part, rows in found.items()]
     publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found})
     return 0
 
@@ -181,15 +186,18 @@ def speeds(
     """Every prompt by every method in turn."""
     wanted = Wanted(count, ignore_stop=True)
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *methods)}
+    passes, read = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for prompt in prompts:
         for name, taken in seconds.items():
-            began = time.perf_counter()
-            parse_generator(name).generate(network, [prompt], wanted, silent)
-            taken.append(time.perf_counter() - began)
+            work = parse_generator(name).generate(network, [prompt], wanted, silent).work
+            taken.append(work.prefill_seconds + work.decode_seconds)
+            passes[name] += work.full_passes
+            read[name] += work.read_bytes
     ratios = {name: [b / a for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
     return [
         {
-            "method": name, "tokens/s": count * len(taken) / sum(taken),
+            "method": name, "full passes a token": passes[name] / passes["plain"],
+            "bytes read": read[name] / read["plain"], "tokens/s": count * len(taken) / sum(taken),
             "times as fast as plain": sum(seconds["plain"]) / sum(taken), "median": statistics.median(ratios[name]),
             "worst": min(ratios[name]), "best": max(ratios[name]),
         }

@@ -128,6 +128,17 @@ def _agrees(network: CausalNetwork) -> bool:
     return bool(apart <= tolerance * own.abs().amax().clamp(min=1e-6))
 
 
+def by_columns(module: nn.Module) -> None:
+    """Lay the matrices of dense linears column by column in memory; shapes and values stay.
+
+    On a CPU a product with one to three vectors then takes 2 to 35 % less time (MKL, matrices of 192 x 192 to 16,000 x
+    768), with more vectors about the same; decoding has one, or a few that are verified together.
+    """
+    for member in module.modules():
+        if type(member) is nn.Linear and member.weight.device.type == "cpu" and member.weight.dtype.itemsize >= 4:
+            member.weight.data = member.weight.data.t().contiguous().t()
+
+
 def _blocks(module: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...]]:
     """The longest outermost list of modules of one class that call themselves by their place, and what holds it."""
     best: tuple[nn.Module | None, tuple[nn.Module, ...]] = (None, ())
