@@ -129,7 +129,8 @@ def speed_trials(
         if "inputs=" in name:
             continue  # what the others are held against
         trials += trials_of(name, found, tallies, len(network.blocks), size)
-        for other in (n for n in settings if "inputs=" in n and getattr(found, "width", 0) == 1):
+        steady = getattr(found, "width", 0) == 1 and getattr(found, "tokens", 0)
+        for other in (n for n in settings if "inputs=" in n and steady):
             figures = Figures("refused share of drafted tokens", tallies[name].refused, tallies[other].refused)
             trials.append(Trial(Side(name, size, None), Side(other, size, None), figures))
     return trials
@@ -173,7 +174,8 @@ def settings_of(technique: str) -> list[Generator]:
     if hasattr(kind, "floor") and hasattr(kind, "most"):
         found += [parse_generator(f"{name}:{setting},{FIXED}") for setting in kind.menu]
     if hasattr(kind, "inputs"):
-        found += [replace(kind, inputs=other) for other in ("unshifted", "feature", "token")]  # type: ignore[type-var]
+        steady = replace(kind, tokens=4)  # type: ignore[type-var]
+        found += [steady, *(replace(steady, inputs=other) for other in ("unshifted", "feature", "token"))]  # type: ignore[type-var]
     if hasattr(kind, "confidence"):
         found.append(replace(kind, confidence=0.0))  # type: ignore[type-var]
     return found
