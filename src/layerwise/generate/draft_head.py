@@ -80,8 +80,8 @@ class DraftHead(nn.Module):
 
 
 def width_of(network: CausalNetwork) -> int:
-    """d, the width of the residual stream."""
-    return int(network.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    """d, the width of the residual stream; a table in stored form does not tell."""
+    return len(next(network.norm.parameters()))
 
 
 @torch.no_grad()
