@@ -8,7 +8,8 @@ does not say that: so the head is told the token one step ahead (``draft_head.py
 network frozen, and is a file of its own (``layerwise fit eagle MODEL HEAD --text TEXT``).
 
 A round: the head is fed the true features of all tokens that are known, then its own guesses, level by level; the
-``width`` likeliest paths of each level are grown on. All are confirmed by one pass (``branches.py``). Before the next
+``width`` likeliest paths of each level are grown on, while the truth is likely enough to be among them for that to pay
+(``confidence.py``), or ``tokens`` levels. All are confirmed by one pass (``speculation.py``). Before the next
 round the head's cache goes back to what came of true features, also for guesses that were right: keys made of guessed
 features would not change a token, but make later guesses worse.
 
