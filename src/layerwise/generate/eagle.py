@@ -20,7 +20,7 @@ walks the tree, which keeps not just the distribution but plain decoding's very 
 
 Measured on docs-lm (5 blocks of width 192) with heads of 150 steps: 0.59 full passes a token as a chain, 0.46 as three
 paths, in 1.13 and 1.15 times the time of plain decoding; a chain of 4 every round takes 0.52 passes and 1.32 times the
-time. Of its guesses 24 % are right, and 9 to 12 % where the head is fed the token too late, only the feature or only the
+time. Of its guesses 24 % are right, 9 to 12 % where the head is fed the token too late, only the feature or only the
 token. On stories5m, with a head of 400 steps, a chain takes 0.40 passes and is 1.34 times as fast as plain decoding. A
 guess runs the network's head and a block, which of five small blocks is a third of a token; deeper networks save more.
 """
