@@ -20,7 +20,7 @@ from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.sites import measure_changes
 from layerwise.network.arranged import arranged, write_arranged
-from layerwise.network.arrangement import Step, arrangement
+from layerwise.network.arrangement import Arrangement, Extras, Step, arrangement
 from layerwise.network.artifact import open_artifact
 from layerwise.network.network import open_network
 from layerwise.sensitivity.kronecker import damage
@@ -191,6 +191,30 @@ def test_the_artifact_is_arranged_and_stores_blocks_once(
     found, wanted = outputs(run.out), outputs(decoded)
     assert float((found - wanted).abs().max()) <= 2e-2 * float(wanted.abs().max())
     assert json.loads((run.out / "config.json").read_text())["num_hidden_layers"] == ARRANGED[name].uses
+
+
+def test_what_a_use_has_of_its_own_is_kept(deep: Path, sentences: Path, tmp_path: Path) -> None:
+    """A norm and a low-rank correction of the second run of a block, at 16 bits beside its encoded matrices."""
+    network, draw = open_network(deep), torch.Generator().manual_seed(0)
+    extras = {2: Extras(("input_layernorm.weight",), {"self_attn.q_proj": 4})}
+    out, into = network.module.get_parameter("model.layers.1.self_attn.q_proj.weight").shape
+    values = {
+        "2.own.input_layernorm.weight": 1.3 * network.read("model.layers.1.input_layernorm.weight"),
+        "2.left.self_attn.q_proj.weight": 0.1 * torch.randn(out, 4, generator=draw),
+        "2.right.self_attn.q_proj.weight": 0.1 * torch.randn(4, into, generator=draw),
+    }
+    tied = Arrangement(tuple(Step((block,)) for block in (0, 1, 1, 2)), extras)
+    write_arranged(arranged(network, tied, values), tmp_path / "tied")
+    run = finished(
+        tmp_path / "tied", tmp_path / "out", sentences, "--budget", "6bpw", "--techniques", "gptq:bits=4",
+        "--no-baseline",
+    )  # fmt: skip
+    artifact = open_artifact(run.out)
+    assert artifact.arrangement == tied and run.size == run.plan["predicted"]["bytes"]
+    for name, value in values.items():
+        assert torch.equal(artifact.read(f"model.layers.uses.{name}"), value.half().float())
+    dense, found = outputs(tmp_path / "tied"), outputs(run.out)
+    assert float((dense - found).abs().mean()) < 0.3 * float(dense.abs().mean())
 
 
 def test_a_uniform_setting_needs_no_gradients(written: dict[str, Path], sentences: Path, tmp_path: Path) -> None:
