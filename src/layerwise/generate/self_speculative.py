@@ -20,10 +20,10 @@ Source: M. Elhoushi et al., "LayerSkip", arXiv 2404.16710, for exits with one ca
 "Draft & Verify", arXiv 2309.08168, for skipped blocks, and for drafts that end where they are unsure (below a threshold
 that follows a wanted acceptance). LayerSkip fixes E and g by hand; choosing E on the prompt, and the threshold, by the
 cost above is ours. Blocks to skip are those that turn the prompt's states least, never the first or the last. The
-paper's training, which makes exits agree, is not here: networks trained without it agree less. On docs-lm, 5 blocks
-trained without it, four drafts a round take 0.43 (exit) and 0.34 (skip) full passes a token with 35 % and 51 % of
-drafts accepted, but 1.9 and 1.5 times the time of plain decoding, since a draft runs four of the five blocks; left to
-choose, the method drafts next to nothing there and takes 1.03 and 1.08 times.
+paper's training, which makes exits agree, is a distiller (``distill/layer_skip.py``); without it they agree less. On
+docs-lm, 5 blocks without it, four drafts a round take 0.74 (exit) and 0.36 (skip) full passes a token with 9 % and 46 %
+of drafts accepted, but 1.9 and 1.6 times the time of plain decoding. Left to choose, exits take 0.87 full passes and
+1.07 times the time there, and skipped blocks draft next to nothing, in 1.09 times.
 """
 
 from __future__ import annotations
