@@ -6,9 +6,12 @@
 - *lossless*: every prompt by plain greedy decoding and by each method, token for token. In float32 a pass over several
   tokens adds its sums in another order than a pass over one, so a text may turn at a token whose two best scores are
   equal to rounding; these are counted, with the largest gap between the two at such a place. ``--dtype float64`` has
-  none to count.
-- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second and the ratio of times to
-  plain decoding's.
+  none to count. *tokens a pass* is what a pass of the whole network adds; *bytes read* are the weights that all passes
+  read, drafts' included and each pass counted once, over plain decoding's: the time, if reading weights were all of it.
+- *speed*: some of the prompts, each by each method in turn, in one process: tokens a second, the prompt's pass
+  included and the reading of files left out, and how many times as fast as plain decoding.
+- *a pass over several tokens*: milliseconds of all blocks and of the head, medians, and over those of one token. What
+  it costs more than one token's is what verification loses.
 - *overhead*: milliseconds a token of plain decoding, of transformers' own generate, and of the network's bare forward
   with transformers' cache and a known token, medians of rounds in turn.
 
@@ -47,6 +50,7 @@ from layerwise.jobs.fitting import run_of_tokens
 from layerwise.jobs.generating import Speaker, open_speaker
 from layerwise.recipe import parse_generator
 
+PARTS = ("lossless", "speed", "passes", "overhead")
 ROWS_AT_ONCE = 20  # of plain decoding, where only its tokens are wanted
 
 
@@ -64,12 +68,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens a prompt (%(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--timed", type=int, default=12, help="prompts of the comparison of speed (%(default)s)")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     add_output_options(parser)
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    tables, found = [], {}
+    found: dict[str, list[dict[str, Any]]] = {}
     if given.random:
         width, blocks, words = given.random
         name, network, prompts = f"random LLaMA, {width} x {blocks}", random_network(width, blocks, words), []
@@ -83,20 +88,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if prompts:
         with tempfile.TemporaryDirectory() as scratch:
             methods = [fitted(method, speaker, given, Path(scratch)) for method in given.methods]
-            lossless = [compare(network, prompts, method, given.tokens) for method in methods]
-            speed = speeds(network, prompts[: given.timed], methods, given.tokens)
+            if "lossless" in given.parts:
+                found["lossless"] = [compare(network, prompts, method, given.tokens) for method in methods]
+            if "speed" in given.parts:
+                found["speed"] = speeds(network, prompts[: given.timed], methods, given.tokens)
         labels = dict(zip(methods, given.methods, strict=True))
-        for row in (*lossless, *speed):
+        for row in (*found.get("lossless", ()), *found.get("speed", ())):
             row["method"] = labels.get(row["method"], row["method"])
-        tables += [
-            Table.of(f"{name}: greedy text against plain decoding's", lossless),
-            Table.of(f"{name}: speed", speed),
-        ]
-        found |= {"lossless": lossless, "speed": speed}
+    prompt = prompts[0] if prompts else list(range(3, 19))
+    if "passes" in given.parts:
+        found["passes"] = passes_over(network, prompt)
+    if "overhead" in given.parts:
+        found["overhead"] = overheads(network, prompt, given.tokens)
     size = sum(p.numel() for p in network.module.parameters()) / 1e6
-    overhead = overheads(network, prompts[0] if prompts else list(range(3, 19)), given.tokens)
-    tables.append(Table.of(f"{name} ({size:.0f} M parameters, {given.dtype}): overhead", overhead))
-    publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found, "overhead": overhead})
+    titles = {
+        "lossless": f"{name}: greedy text against plain decoding's", "speed": f"{name}: speed",
+        "passes": f"{name}: a pass over several tokens",
+        "overhead": f"{name} ({size:.2f} M parameters, {given.dtype}): overhead",
+    }  # fmt: skip
+    tables = [Table.of(titles[part], rows) for part, rows in found.items()]
+    publish(given, tables, {"benchmark": "decoding_speed", "network": name, **found})
     return 0
 
 
@@ -136,7 +147,8 @@ def fitted(method: str, speaker: Speaker, given: argparse.Namespace, scratch: Pa
 def compare(network: CausalNetwork, prompts: Sequence[list[int]], method: str, count: int) -> dict[str, Any]:
     """How many texts are plain decoding's, and how close the two best scores were where one is not."""
     wanted, gaps, texts = Wanted(count, ignore_stop=True), [], 0
-    work = {"full_passes": 0, "drafted": 0, "accepted": 0}
+    work = {"full_passes": 0, "drafted": 0, "accepted": 0, "read_bytes": 0}
+    block, head = network.read_bytes
     for start in range(0, len(prompts), ROWS_AT_ONCE):
         rows = prompts[start : start + ROWS_AT_ONCE]
         plain = parse_generator("plain").generate(network, rows, wanted, silent)
@@ -153,6 +165,8 @@ def compare(network: CausalNetwork, prompts: Sequence[list[int]], method: str, c
         "turned at a tie": sum(g < 1e-4 for g in gaps), "turned otherwise": sum(g >= 1e-4 for g in gaps),
         "largest gap": max(gaps, default=None), "accepted": work["accepted"] / max(1, work["drafted"]),
         "full passes a token": work["full_passes"] / (texts * (count - 1)),
+        "tokens a pass": texts * (count - 1) / max(1, work["full_passes"]),
+        "bytes read": work["read_bytes"] / (texts * (count - 1) * (len(network.blocks) * block + head)),
     }  # fmt: skip
 
 
@@ -172,20 +186,44 @@ def speeds(
     """Every prompt by every method in turn."""
     wanted = Wanted(count, ignore_stop=True)
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *methods)}
+    passes, read = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0)
     for prompt in prompts:
         for name, taken in seconds.items():
-            began = time.perf_counter()
-            parse_generator(name).generate(network, [prompt], wanted, silent)
-            taken.append(time.perf_counter() - began)
-    ratios = {name: [a / b for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
+            work = parse_generator(name).generate(network, [prompt], wanted, silent).work
+            taken.append(work.prefill_seconds + work.decode_seconds)
+            passes[name] += work.full_passes
+            read[name] += work.read_bytes
+    ratios = {name: [b / a for a, b in zip(taken, seconds["plain"], strict=True)] for name, taken in seconds.items()}
     return [
         {
-            "method": name, "tokens/s": count * len(taken) / sum(taken),
-            "median ratio of times": statistics.median(ratios[name]),
-            "best": min(ratios[name]), "worst": max(ratios[name]),
+            "method": name, "full passes a token": passes[name] / passes["plain"],
+            "bytes read": read[name] / read["plain"], "tokens/s": count * len(taken) / sum(taken),
+            "times as fast as plain": sum(seconds["plain"]) / sum(taken), "median": statistics.median(ratios[name]),
+            "worst": min(ratios[name]), "best": max(ratios[name]),
         }
         for name, taken in seconds.items()
     ]  # fmt: skip
+
+
+@torch.inference_mode()
+def passes_over(network: CausalNetwork, prompt: list[int], rounds: int = 40) -> list[dict[str, Any]]:
+    """Milliseconds of one pass over 1, 2, 3, … next tokens; the sizes in turn."""
+    session, blocks = network.session(1, len(prompt) + 16), range(len(network.blocks))
+    session.prefill([prompt])
+    taken: dict[int, list[tuple[float, float]]] = {count: [] for count in (1, 2, 3, 4, 6, 8)}
+    for _ in range(rounds):
+        for count, found in taken.items():
+            tokens = torch.tensor([(prompt * count)[:count]])
+            began = time.perf_counter()
+            hidden = session.run(session.embed(tokens, session.lengths), blocks, session.lengths)
+            between = time.perf_counter()
+            session.scores(hidden)
+            found.append((between - began, time.perf_counter() - between))
+    medians = {n: [1e3 * statistics.median(part) for part in zip(*found, strict=True)] for n, found in taken.items()}
+    return [
+        {"tokens": n, "blocks, ms": a, "head, ms": b, "over one token": (a + b) / sum(medians[1])}
+        for n, (a, b) in medians.items()
+    ]
 
 
 @torch.inference_mode()

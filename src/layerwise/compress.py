@@ -164,9 +164,7 @@ def identity(prepared: Prepared, fingerprint: str) -> dict[str, Any]:
 
 def redo(calibration: Calibration, site: str) -> None:
     """Forget the unit that holds a site, so that it is encoded again with the recipe now asked for."""
-    tree = calibration.network.tree
-    found = tree.find(site)
-    unit = found.block or ("tables" if found.kind == "table" else "tail")
+    unit = calibration.unit_of(calibration.network.tree.find(site))
     for stage in ("candidates", "uniform"):
         calibration.journal.forget(f"{stage}/{unit}")
 
@@ -294,7 +292,7 @@ def measure(
     variants = {"plan": plan, **({"activations": plan.giving(inputs)} if inputs else {})}
     if baseline is not None:
         variants["baseline"] = baseline.weights
-    with watch.stage("evaluate", (1 + len(variants)) * len(network.tree.blocks)) as advance:
+    with watch.stage("evaluate", (1 + len(variants)) * len(network.parts)) as advance:
         return compare(
             network, variants, prepared.loss, prepared.evaluation.batches, calibration.folder,
             prepared.options.device, advance,

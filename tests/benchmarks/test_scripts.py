@@ -10,7 +10,7 @@ import pytest
 
 SCRIPTS = (
     "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
-    "decoding", "decoding_speed", "peers.run", "rotary_keys", "quantize_quality",
+    "arranged", "decoding", "decoding_speed", "peers.run", "rotary_keys", "quantize_quality",
 )  # fmt: skip
 
 

@@ -49,6 +49,22 @@ def test_self_speculative_decoding_says_what_plain_decoding_says(network: str, t
     assert found["method"] == "self_speculative:exit=1,tokens=3,floor=0.0" and found["drafted"] > 0
 
 
+def test_a_head_of_the_checkpoint_drafts_for_its_artifact(
+    tiny_llama: Path, packed: Path, sentences: Path, tmp_path: Path
+) -> None:
+    """The artifact's table is in stored form, too."""
+    from layerwise.engine.progress import Stopwatch
+    from layerwise.jobs.fitting import Fitting, fit
+
+    head = tmp_path / "head"
+    fit(Fitting("eagle:steps=2,batch=2,length=16", str(tiny_llama), str(head), str(sentences), threads=1), Stopwatch())
+    options = ("--prompt", PROMPT, "--max-new-tokens", "16", "--ignore-stop", "--json")
+    plain = layerwise("generate", packed, *options).json
+    for width in (1, 2):
+        found = layerwise("generate", packed, *options, "--method", f"eagle:head={head},width={width}").json
+        assert found["tokens"] == plain["tokens"] and found["drafted"] > 0
+
+
 def test_transformers_generates_the_same_from_a_loaded_artifact(packed: Path) -> None:
     """Through transformers' own generate, and with its own cache."""
     import torch

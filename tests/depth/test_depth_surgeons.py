@@ -170,7 +170,7 @@ def test_text_is_needed_to_train(tiny_bert: Path, sentences: Path, tmp_path: Pat
 
 
 def test_reshape_writes_what_transformers_loads(tmp_path: Path, tiny_llama: Path, sentences: Path) -> None:
-    from tests.test_reshape import options
+    from tests.jobs.test_reshape import options
 
     from layerwise.jobs.reshape import reshape
     from layerwise.network.load import load

@@ -14,16 +14,17 @@ from torch import Tensor
 from layerwise.engine.progress import Stopwatch
 from layerwise.errors import InputError
 from layerwise.generate import eagle as technique_file
-from layerwise.generate.branches import Guesses, branch_of, confirm, decode
 from layerwise.generate.choice import Choice
 from layerwise.generate.draft_head import FILE, DraftHead, load_head, recorded, run_block, save_head, train_head
+from layerwise.generate.speculation import Proposal, Steady, speculate, verify
 from layerwise.generate.wanted import Wanted, Work, silent
 from layerwise.network import safetensors_file
 from layerwise.recipe import parse_generator
 from layerwise.technique import find
 
 NEW = 16
-TREE = Guesses([5, 7, 9, 3, 5, 11], [0, 0, 1, 1, 2, 3])  # two children of the root, of which each has some
+PARENTS = (0, 0, 1, 1, 2, 3)  # two children of the root, of which each has some
+TREE = Proposal([5, 7, 9, 3, 5, 11], parents=PARENTS)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "mixtral", "qwen2_moe"])
@@ -32,27 +33,25 @@ def test_a_node_has_the_scores_of_its_path_alone(kind: str) -> None:
     with torch.inference_mode():
         session = net.session(1, 40, spare=10)
         session.prefill([prompt])
-        scores = session.scores(confirm(session, 13, TREE))[0]
+        scores, _ = verify(session, 13, TREE)
         for node in range(len(TREE.tokens) + 1):
             path, at = [], node
             while at:
-                path, at = [TREE.tokens[at - 1], *path], TREE.parents[at - 1]
+                path, at = [TREE.tokens[at - 1], *path], PARENTS[at - 1]
             alone = net.module(torch.tensor([[*prompt, 13, *path]]), use_cache=False).logits[0, -1]
             assert float((scores[node] - alone).abs().max()) <= 1e-10
 
 
 def test_a_chain_is_a_tree_without_branches() -> None:
     net, prompt = network("llama"), prompts(1, seed=2)[0]
-    chain = Guesses([5, 7, 9], [0, 1, 2])
-    assert chain.chain and not TREE.chain
+    found = []
     with torch.inference_mode():
-        session = net.session(1, 40)
-        session.prefill([prompt])
-        plain = confirm(session, 13, chain)
-        branch = branch_of(len(prompt), chain.parents)
-        tokens = torch.tensor([[13, 5, 7, 9]])
-        other = session.run(session.embed(tokens, [0], branch), range(4), [0], branch)
-    assert float((plain - other).abs().max()) <= 1e-12
+        for parents in (None, (0, 1, 2)):
+            session = net.session(1, 40)
+            session.prefill([prompt])
+            found.append(verify(session, 13, Proposal([5, 7, 9], parents=parents)))
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).abs().max()) <= 1e-12
 
 
 class Knowing:
@@ -61,15 +60,15 @@ class Knowing:
     def __init__(self, truth: tuple[int, ...]) -> None:
         self.truth, self.said = truth, 1
 
-    def guess(self, last: int, depth: int) -> Guesses:
+    def propose(self, session: Any, last: int, count: int, chooser: Any) -> Proposal:
         tokens: list[int] = []
         parents: list[int] = []
         right = 0
-        for word in self.truth[self.said : self.said + depth]:
+        for word in self.truth[self.said : self.said + count]:
             tokens += [(word + 1) % WORDS, word, (word + 2) % WORDS]
             parents += [right] * 3
             right = len(tokens) - 1
-        return Guesses(tokens, parents)
+        return Proposal(tokens, parents=parents)
 
     def confirmed(self, tokens: Any, hidden: Tensor) -> None:
         assert hidden.shape[1] >= len(tokens)
@@ -84,7 +83,7 @@ def test_a_path_with_gaps_is_moved_together(kind: str) -> None:
         session = net.session(1, len(prompt) + NEW, spare=12)
         first = int(session.scores(session.prefill([prompt]))[0, -1].argmax())
         work, wanted = Work(), Wanted(NEW, ignore_stop=True)
-        text = decode(session, first, Knowing(truth), 4, Choice().chooser(), wanted, work, len)
+        text = speculate(session, first, Knowing(truth), Steady(4), Choice().chooser(), wanted, work, len)
     assert tuple(text) == truth
     assert work.full_passes == -(-(NEW - 1) // 5)
     known = [*prompt, *truth[:-1]]

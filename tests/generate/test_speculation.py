@@ -135,11 +135,12 @@ def test_drawn_tokens_have_the_networks_distribution(likely: Tensor | None) -> N
     for _ in range(DRAWS):
         token = chooser.draw(Q) if likely is not None else 1
         proposal = Proposal([token], None if likely is None else likely[None])
-        accepted, said = judge(scores, proposal, chooser)
-        counts[token if accepted else said] += 1
-        kept += accepted
-        if accepted:
-            after[said] += 1
+        said, path = judge(scores, proposal, chooser)
+        counts[said[0]] += 1
+        kept += len(path) - 1
+        if len(path) > 1:
+            assert said[0] == token
+            after[said[1]] += 1
     assert chi_square(counts, P * DRAWS) < 18.5  # 4 degrees of freedom: one in a thousand
     assert chi_square(after, P.flip(0) * kept) < 18.5
     assert abs(kept / DRAWS - float(torch.minimum(P, Q).sum() if likely is not None else P[1])) < 0.025

@@ -33,7 +33,7 @@ def check_disk(prepared: Prepared, folder: Path) -> None:
 def disk_needed(prepared: Prepared) -> int:
     """Bytes: block inputs, two boundaries of gradients, statistics, candidates, the artifact and its baseline."""
     network = prepared.network
-    blocks = len(network.tree.blocks)
+    blocks = len(network.parts)
     padded = sum(b.tokens.numel() for b in prepared.splits.all)
     arriving = 2 if prepared.options.sequential or prepared.options.tune else 0
     states = 0 if network.whole else padded * hidden_width(network) * 4 * (blocks + 1 + 2 * DRAWS + arriving)

@@ -117,7 +117,8 @@ class NetworkMeasures(Measures):
             batches, states = self.calibration.splits.all, self.calibration.inputs()
             values = {
                 block: block_influence(states[i], states[i + 1], batches, 0)
-                for i, block in enumerate(network.tree.blocks)
+                for i, part in enumerate(network.parts)
+                for block in part
             }
             self.calibration.journal.record(unit, values)
         return cast(Mapping[str, float], self.calibration.journal[unit])

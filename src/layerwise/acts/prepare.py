@@ -16,6 +16,7 @@ from layerwise.acts.candidates import kept_layout, plain_recipe, stored_bytes
 from layerwise.acts.images import Given, image_data
 from layerwise.acts.offering import menu_of
 from layerwise.acts.opening import open_rewritten
+from layerwise.acts.refusing import refuse_block_by_block, refuse_of_arranged
 from layerwise.calibrate.splits import Splits, batches_of, make_splits, set_aside, tokens_in
 from layerwise.calibrate.text import DEFAULT, Text, read_text, refuse_overlap
 from layerwise.errors import InputError
@@ -150,6 +151,8 @@ def prepare(options: Options, given: Given = Given()) -> Prepared:
     menu, only = menu_of(options, network)
     if network.whole:
         refuse_block_by_block(options, menu)
+    if network.arrangement is not None:
+        refuse_of_arranged(options, menu, only)
     if menu.surgeons:
         check_surgeons(menu, options, network)
     if options.plan is not None:
@@ -280,16 +283,6 @@ def check_plan(path: str, network: Network, menu: Menu, only: dict[str, str]) ->
     if menu.target is not None:
         kept = {s.name: (plan.sites[s.name].recipe, s.columns) for s in network.tree.sites}
         check_fused({n: v for n, v in kept.items() if v[0] not in menu.surgeons}, menu.target)
-
-
-def refuse_block_by_block(options: Options, menu: Menu) -> None:
-    """A network that was opened as a module runs whole: what works on blocks has nothing to work on."""
-    asked = {"--sequential": options.sequential, "--tune": options.tune, "--rewrite": options.rewrite}
-    named = [option for option, value in asked.items() if value] + list(menu.surgeons)
-    if named:
-        raise InputError(
-            f"{named[0]} goes block by block, and a network that was opened as a module has none; leave it out"
-        )
 
 
 def check_surgeons(menu: Menu, options: Options, network: Network) -> None:

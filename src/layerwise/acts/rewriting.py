@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -70,7 +70,10 @@ class Rewriter:
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration, self.network = calibration, calibration.network
-        self.streamer = Streamer(calibration.network, device=calibration.device)
+
+    @cached_property
+    def streamer(self) -> Streamer:
+        return Streamer(self.network, device=self.calibration.device)
 
     def refuse_impossible(self, labels: Iterable[str]) -> None:
         """Raise a rewrite's own refusal when no block of the network has a place for it; looks at weights only."""

@@ -97,14 +97,14 @@ def measure_input_ranges(
     if network.whole or not network.tree.blocks:
         raise InputError("ranges of inputs are measured block by block, and this network has no blocks")
     own = network.again()
-    streamer = Streamer(own, network if weights is None else weights, device)
+    streamer = Streamer(own, network if weights is None else weights, device, parts=True)
     longest = max(b.tokens.shape[1] for b in batches)
     share = -(-SAMPLED // len(batches))
     running: dict[str, _Running] = {}
     first, second = boundaries(folder, "input-ranges", batches, hidden_width(network), 2)
     enter_network(streamer, batches, first)
-    for index, path in enumerate(own.tree.blocks):
-        sites = [s for s in own.tree.of_block(path) if s.kind == "linear" and s.kernel is None]
+    for index, part in enumerate(own.parts):
+        sites = [s for path in part for s in own.tree.of_block(path) if s.kind == "linear" and s.kernel is None]
         current: list[Tensor] = []
         handles = []
         for site in sites:

@@ -34,14 +34,15 @@ def input_parts(calibration: Calibration, finished: Collection[str], apart: bool
             moments = watch_whole(calibration)
             yield Part(TAIL, {s.name: _alike(s, moments) for s in network.tree.sites}, frozenset())
         return
-    streamer = Streamer(network, device=calibration.device)
+    streamer = Streamer(network, device=calibration.device, parts=True)
     for unit in calibration.units():
         if unit in finished:
             continue
         if unit == TABLES:
             sites = [s for s in network.tree.sites if s.kind == "table"]
         else:
-            sites = [s for s in network.tree.of_block(None if unit == TAIL else unit) if s.kind in ("linear", "head")]
+            blocks = [None] if unit == TAIL else network.parts[_part(calibration, unit)]
+            sites = [s for b in blocks for s in network.tree.of_block(b) if s.kind in ("linear", "head")]
         wanted = Wanted(largest=calibration.wanted.largest)
         moments = SplitMoments(frozenset(s.name for s in sites), wanted=wanted)
         if unit != TABLES:
@@ -82,14 +83,24 @@ def _watch(calibration: Calibration, streamer: Streamer, unit: str, sites: list[
                     add_inputs(moments, observer.seen, part)
                     observer.seen.clear()
         return
-    index = network.tree.blocks.index(unit)
-    names = {s.name.removeprefix(unit + "."): s.name for s in sites}
+    index = _part(calibration, unit)
+    names, uses = {s.name: s.name for s in sites}, network.arrangement is not None
     learn_output_shape(streamer, batches[0], inputs[0])
-    with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
+    with (
+        streamer.block(index) as block,
+        streamer.head_of_network() as enter,
+        observing(network.module, names, uses=uses) as observer,
+    ):
         for i, batch in enumerate(batches):
             streamer.run_block(block, inputs[index].read(i).to(streamer.device), enter(batch, index)[1])
             add_inputs(moments, observer.seen, batch, observer.routed)
             observer.clear()
+
+
+def _part(calibration: Calibration, unit: str) -> int:
+    """Which part a unit between tail and tables is."""
+    units = calibration.units()
+    return len(units) - 2 - units.index(unit)
 
 
 def _alike(site: Site, moments: SplitMoments) -> Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -19,22 +20,25 @@ class Observer:
 
     An expert's linears see only the tokens that were routed to it: ``routed`` says which, as rows of the batch.
 
+    uses:  note a linear that runs several times in a forward once a use, as ``name``, ``name@1``, … (``site_of``);
+           otherwise the latest counts.
     apart: let the network go on from a copy everywhere, since it may overwrite in place what it was given.
     """
 
-    def __init__(self, module: nn.Module, names: dict[str, str], apart: bool = False) -> None:
+    def __init__(self, module: nn.Module, names: dict[str, str], apart: bool = False, uses: bool = False) -> None:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         self.routed: dict[str, Tensor] = {}
-        self.apart = apart
+        self.apart, self.uses = apart, uses
         self.experts = {name: parent for path, name in names.items() if (parent := expert_above(module, path))}
         self.handles = [
             module.get_submodule(path).register_forward_hook(self._note(name)) for path, name in names.items()
         ]
 
-    def _note(self, name: str):  # type: ignore[no-untyped-def]
+    def _note(self, site: str):  # type: ignore[no-untyped-def]
         def hook(member: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if name in self.experts:
-                self.routed[name] = self.experts[name].tokens  # type: ignore[assignment]
+            name = self._next_use(site) if self.uses else site
+            if site in self.experts:
+                self.routed[name] = self.experts[site].tokens  # type: ignore[assignment]
             if isinstance(member, nn.Conv2d):
                 rows = output.flatten(2).transpose(1, 2)
                 self.seen[name] = (patches(member, given[0].detach()), rows)
@@ -49,6 +53,10 @@ class Observer:
 
         return hook
 
+    def _next_use(self, site: str) -> str:
+        names = itertools.chain([site], (f"{site}@{use}" for use in itertools.count(1)))
+        return next(name for name in names if name not in self.seen)
+
     def clear(self) -> None:
         """Forget the latest forward: the next one may send nothing to some expert."""
         self.seen.clear()
@@ -57,6 +65,11 @@ class Observer:
     def close(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def site_of(name: str) -> str:
+    """The site of which a use was noted."""
+    return name.partition("@")[0]
 
 
 def expert_above(module: nn.Module, path: str) -> Expert | None:
@@ -73,8 +86,8 @@ def patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def observing(module: nn.Module, names: dict[str, str], apart: bool = False) -> Iterator[Observer]:
-    observer = Observer(module, names, apart)
+def observing(module: nn.Module, names: dict[str, str], apart: bool = False, uses: bool = False) -> Iterator[Observer]:
+    observer = Observer(module, names, apart, uses)
     try:
         yield observer
     finally:

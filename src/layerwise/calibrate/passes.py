@@ -81,7 +81,7 @@ class Calibration:
 
     def inputs(self, batches: tuple[Batch, ...] | None = None) -> list[Boundary]:
         """The block boundaries of all calibration batches; a prefix of the batches reads a prefix of each file."""
-        count = len(self.network.tree.blocks) + 1
+        count = len(self.network.parts) + 1
         return boundaries(self.folder, "hidden", batches or self.splits.all, self.width, count)
 
     def states(self, first: int, count: int) -> Callable[[int], list[Tensor]]:
@@ -91,15 +91,28 @@ class Calibration:
 
     def units(self) -> list[str]:
         """Units of the reverse pass in order."""
-        return [TAIL] if self.network.whole else [TAIL, *reversed(self.network.tree.blocks), TABLES]
+        if self.network.whole:
+            return [TAIL]
+        return [TAIL, *(unit_name(part) for part in reversed(self.network.parts)), TABLES]
+
+    def unit_of(self, site: Site) -> str:
+        """The unit that measures a site."""
+        if site.block is not None:
+            return unit_name(self.network.parts[self.network.part_of(site.block)])
+        return TABLES if site.kind == "table" else TAIL
+
+
+def unit_name(part: tuple[str, ...]) -> str:
+    """A block's path, or those of the first and the last of several."""
+    return part[0] if len(part) == 1 else f"{part[0]} to {part[-1].rpartition('.')[2]}"
 
 
 def forward(calibration: Calibration, progress: Progress) -> None:
     """Run the forward pass, or what is left of it."""
     if calibration.network.whole:
         return  # it is run as it is measured
-    blocks = calibration.network.tree.blocks
-    streamer = Streamer(calibration.network, device=calibration.device)
+    blocks = calibration.network.parts
+    streamer = Streamer(calibration.network, device=calibration.device, parts=True)
     batches, at = calibration.splits.all, calibration.inputs()
     with progress.stage("forward pass", len(blocks) + 1) as advance:
         for index in range(len(blocks) + 1):
@@ -131,7 +144,7 @@ def reverse(calibration: Calibration, finished: Collection[str], uniform: bool =
     splits = calibration.splits
     batches = splits.all if uniform else (*splits.fit, *splits.judge)
     split_of = ["fit"] * len(batches) if uniform else ["fit"] * len(splits.fit) + ["judge"] * len(splits.judge)
-    streamer = Streamer(calibration.network, device=calibration.device)
+    streamer = Streamer(calibration.network, device=calibration.device, parts=True)
     inputs = calibration.inputs(batches)
     gradients = _gradients(calibration, batches, "uniform-gradient" if uniform else "gradient")
     start = _first_unit_to_run(units, wanted[0], gradients)
@@ -153,7 +166,7 @@ def unit_input(units: list[str], position: int) -> int:
 
 def _gradients(calibration: Calibration, batches: tuple[Batch, ...], prefix: str) -> list[Boundary]:
     shapes = [(DRAWS, *b.tokens.shape, calibration.width) for b in batches]
-    count = len(calibration.network.tree.blocks) + 1
+    count = len(calibration.network.parts) + 1
     return [Boundary(calibration.folder / f"{prefix}-{i:04d}.bin", shapes) for i in range(count)]
 
 
@@ -189,14 +202,14 @@ def _run_unit(
     terms = _terms(terms_file)
     if unit == TABLES:
         return Part(unit, _tables(calibration, streamer, batches, split_of, gradients[0], terms_file), frozenset())
-    index = network.tree.blocks.index(unit)
+    index = len(inputs) - 1 - calibration.units().index(unit)
     found = reverse_block(
         streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index],
         tokens_alone=loss.kind == "token kl", whole_inputs=calibration.whole_inputs, wanted=calibration.wanted,
     )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]
-    sites = network.tree.of_block(unit)
+    sites = [s for path in network.parts[index] for s in network.tree.of_block(path)]
     names = [s.name for s in sites if not s.experts and any(s.name in m.sites for m in found.values())]
     experts = fitted_experts([s for s in sites if s.experts], found, loss)
     lost = unreached_sites(found, names) | {s.name for s in sites if s.name not in names and s.name not in experts}

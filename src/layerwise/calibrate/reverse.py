@@ -20,7 +20,7 @@ from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.attention import token_importance, watching_attention
 from layerwise.calibrate.attention_curvature import attention_curvature
 from layerwise.calibrate.moments import Moment, shrunk
-from layerwise.calibrate.observer import observing
+from layerwise.calibrate.observer import observing, site_of
 from layerwise.calibrate.rows import by_example, counted_rows, importance_of_rows
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, Wanted, diagonal
 from layerwise.engine.memory import give_back
@@ -114,14 +114,14 @@ def add_inputs(
     for name, (given, output) in seen.items():
         key = given.data_ptr()
         if key not in measured:
-            watched = moments.sites.get(name)
+            watched = moments.sites.get(site_of(name))
             wanted = moments.wanted
-            moment = watched.inputs if watched else Moment(given.shape[-1], name not in moments.whole, wanted)
+            moment = watched.inputs if watched else Moment(given.shape[-1], site_of(name) not in moments.whole, wanted)
             weights = importance_of_rows(importance, given, batch, routed.get(name))
             moment.add(counted_rows(given.detach(), batch, routed.get(name)), weights)
             measured[key] = moment
-        if name not in moments.sites:
-            moments.sites[name] = Watched(measured[key], Moment(output.shape[-1], only_diagonal=True))
+        if site_of(name) not in moments.sites:
+            moments.sites[site_of(name)] = Watched(measured[key], Moment(output.shape[-1], only_diagonal=True))
 
 
 def reverse_block(
@@ -136,14 +136,21 @@ def reverse_block(
     whole_inputs: bool = True,
     wanted: Wanted = Wanted(),
 ) -> dict[str, SplitMoments]:
-    """Moments of a block's linears per split; writes the gradients at the block's input, ``[draws, …]`` a batch."""
-    path = streamer.network.tree.blocks[index]
-    names = {s.name.removeprefix(path + "."): s.name for s in streamer.network.tree.of_block(path)}
+    """Moments of a block's linears per split; writes the gradients at the block's input, ``[draws, …]`` a batch.
+
+    Of an arranged network, those of a part; a linear that runs several times is measured at every use.
+    """
+    network, uses = streamer.network, streamer.network.arrangement is not None
+    names = {s.name: s.name for path in network.parts[index] for s in network.tree.of_block(path)}
     whole = frozenset(names.values()) if whole_inputs else frozenset()
     found = {split: SplitMoments(whole, wanted=wanted) for split in dict.fromkeys(split_of)}
 
     def run() -> Iterator[Tensor]:
-        with streamer.block(index) as block, streamer.head_of_network() as enter, observing(block, names) as observer:
+        with (
+            streamer.block(index) as block,
+            streamer.head_of_network() as enter,
+            observing(network.module, names, uses=uses) as observer,
+        ):
             for i, batch in enumerate(batches):
                 with torch.no_grad():
                     call = enter(batch, index)[1]
@@ -153,7 +160,7 @@ def reverse_block(
                 moments, importance = found[split_of[i]], token_importance(calls, batch) if wanted.importance else None
                 add_inputs(moments, observer.seen, batch, observer.routed, importance)
                 if wanted.attention:
-                    members = {name: block.get_submodule(path) for path, name in names.items()}
+                    members = {name: network.module.get_submodule(name) for name in names}
                     for name, side in attention_curvature(calls, observer.seen, members, batch).items():
                         total = moments.sites[name].attention
                         moments.sites[name].attention = side if total is None else total.add_(side)
@@ -200,7 +207,7 @@ def back_propagate(
         for name, gradient in zip(names, at[1:], strict=True):
             if gradient is None:
                 continue
-            watched, g = moments.sites[name], by_example(gradient, batch, tokens_alone, routed.get(name))
+            watched, g = moments.sites[site_of(name)], by_example(gradient, batch, tokens_alone, routed.get(name))
             if moments.wanted.gradient:
                 add_magnitude(
                     watched, *(by_example(v, batch, False, routed.get(name)) for v in (gradient, seen[name][0]))
@@ -214,7 +221,7 @@ def back_propagate(
             watched.samples += len(g)
             coupling[name] = coupling[name].add_(gram(g)) if name in coupling else gram(g)
     for name, total in coupling.items():
-        watched = moments.sites[name]
+        watched = moments.sites[site_of(name)]
         watched.right = added(watched.right, inputs[name], coupled(total, inputs[name]))
     return out
 

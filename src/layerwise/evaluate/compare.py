@@ -55,7 +55,9 @@ def compare(
     if network.whole:
         return _compare_whole(network, variants, loss, batches, device, advance)
     named: dict[str, Weights] = {"dense": network, **variants}
-    streamers = {name: Streamer(own_body(weights, network), weights, device, True) for name, weights in named.items()}
+    streamers = {
+        name: Streamer(own_body(weights, network), weights, device, True, True) for name, weights in named.items()
+    }
     finals = {}
     for i, (name, streamer) in enumerate(streamers.items()):
         finals[name] = run_blocks(streamer, batches, folder, f"compare{i}", advance)

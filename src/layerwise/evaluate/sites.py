@@ -49,9 +49,9 @@ def measure_changes(
     if network.whole:
         return [_measure_whole(network, change, loss, batches, device) for change in changes]
     own = network.again()  # one module for all: they are run one after another
-    dense = Streamer(own, None, device)
+    dense = Streamer(own, None, device, parts=True)
     states = states or dense_states(dense, batches).__getitem__
-    targets = _targets(dense, loss, batches, states(len(network.tree.blocks)))
+    targets = _targets(dense, loss, batches, states(len(network.parts)))
     return [_measure(own, change, loss, batches, states, targets, device) for change in changes]
 
 
@@ -64,7 +64,7 @@ def dense_states(dense: Streamer, batches: Sequence[Batch]) -> list[list[Tensor]
     """The hidden states of every batch at every boundary."""
     with dense.head_of_network() as enter:
         hidden = [[enter(batch, 0)[0] for batch in batches]]
-    for index in range(len(dense.network.tree.blocks)):
+    for index in range(dense.count):
         hidden.append(_block(dense, index, batches, hidden[index]))
     return hidden
 
@@ -96,17 +96,17 @@ def changed_outputs(
 ) -> list[Tensor]:
     """What the loss compares, a tensor a batch, of a network whose ``weights`` differ at ``sites`` alone.
 
-    states: boundary -> the dense hidden states there; it is run from the first block that differs on.
+    states: boundary -> the dense hidden states there; it is run from the first part that differs on.
     """
-    streamer = Streamer(network, weights, device)
+    streamer = Streamer(network, weights, device, parts=True)
     entering = any(site.kind in ("table", "position") for site in sites)
-    blocks = [network.tree.blocks.index(site.block) for site in sites if site.block is not None]
-    first = 0 if entering else min(blocks, default=len(network.tree.blocks))
+    parts = [network.part_of(site.block) for site in sites if site.block is not None]
+    first = 0 if entering else min(parts, default=streamer.count)
     state = states(first)
     if entering:
         with streamer.head_of_network() as enter:
             state = [enter(batch, 0)[0] for batch in batches]
-    for index in range(first, len(network.tree.blocks)):
+    for index in range(first, streamer.count):
         state = _block(streamer, index, batches, state)
     return _targets(streamer, loss, batches, state)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
 
 from layerwise.errors import InputError
-from layerwise.generate.network import CausalNetwork
+from layerwise.generate.network import CausalNetwork, by_columns
 from layerwise.network import safetensors_file
 
 FILE = "head.safetensors"
@@ -80,8 +80,8 @@ class DraftHead(nn.Module):
 
 
 def width_of(network: CausalNetwork) -> int:
-    """d, the width of the residual stream."""
-    return int(network.module.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    """d, the width of the residual stream; a table in stored form does not tell."""
+    return len(next(network.norm.parameters()))
 
 
 @torch.no_grad()
@@ -211,4 +211,6 @@ def load_head(network: CausalNetwork, folder: Path) -> DraftHead:
             raise InputError(f"{folder / FILE} holds values in {name} that are no numbers")
     head.load_state_dict(values)
     like = next(network.norm.parameters())
-    return head.to(like.device, like.dtype).eval().requires_grad_(False)
+    head = head.to(like.device, like.dtype).eval().requires_grad_(False)
+    by_columns(head)
+    return head

@@ -8,7 +8,8 @@ does not say that: so the head is told the token one step ahead (``draft_head.py
 network frozen, and is a file of its own (``layerwise fit eagle MODEL HEAD --text TEXT``).
 
 A round: the head is fed the true features of all tokens that are known, then its own guesses, level by level; the
-``width`` likeliest paths of each level are grown on. All are confirmed by one pass (``branches.py``). Before the next
+``width`` likeliest paths of each level are grown on, while the truth is likely enough to be among them for that to pay
+(``confidence.py``), or ``tokens`` levels. All are confirmed by one pass (``speculation.py``). Before the next
 round the head's cache goes back to what came of true features, also for guesses that were right: keys made of guessed
 features would not change a token, but make later guesses worse.
 
@@ -17,14 +18,16 @@ has one shape for all texts; ours keeps the likeliest paths by the head's own pr
 accepts them by a test that keeps the distribution; here guesses are the likeliest tokens and the network's own draw
 walks the tree, which keeps not just the distribution but plain decoding's very draws.
 
-Measured on docs-lm (5 blocks of width 192) with heads of 150 steps: 0.53 full passes a token as a chain of 4, 0.41 as
-three paths; of the chain's guesses 23 % are right, and 9 to 12 % where the head is fed the token too late, only the
-feature or only the token. Yet it takes 1.4 to 1.5 times as long as plain decoding: a guess runs the network's head and
-a block, which of five small blocks and in an interpreter is as dear as what it saves. Deeper networks save more.
+Measured on docs-lm (5 blocks of width 192) with heads of 150 steps: 0.59 full passes a token as a chain, 0.46 as three
+paths, in 1.13 and 1.15 times the time of plain decoding; a chain of 4 every round takes 0.52 passes and 1.32 times the
+time. Of its guesses 24 % are right, 9 to 12 % where the head is fed the token too late, only the feature or only the
+token. On stories5m, with a head of 400 steps, a chain takes 0.40 passes and is 1.34 times as fast as plain decoding. A
+guess runs the network's head and a block, which of five small blocks is a third of a token; deeper networks save more.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,11 +41,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layerwise.engine.progress import Progress
-    from layerwise.generate.branches import Guesses
+    from layerwise.generate.choice import Chooser
+    from layerwise.generate.confidence import Confidence
     from layerwise.generate.draft_head import DraftHead
     from layerwise.generate.network import CausalNetwork
     from layerwise.generate.session import Session
+    from layerwise.generate.speculation import Proposal
     from layerwise.generate.wanted import Emit, Generation, Wanted
+
+
+PRIOR = 4.0  # tokens' worth that the head's own word counts for before any was tried
 
 
 @technique(
@@ -56,7 +64,8 @@ class Eagle(Generator):
     lossless = True
     learns = True
     head: str = option("", help="folder of the draft head, made by layerwise fit eagle")
-    tokens: int = option(4, minimum=1, maximum=16, help="how far guesses reach")
+    tokens: int = option(0, minimum=0, maximum=16, help="how far guesses reach; 0 goes on while the head is sure")
+    most: int = option(8, minimum=1, maximum=16, help="how far they reach at most, when the head decides")
     width: int = option(1, minimum=1, maximum=8, help="paths that are followed; 1 is a chain")
     inputs: str = option(
         "shifted", choices=("shifted", "unshifted", "feature", "token"), help="what a head to be trained is fed"
@@ -74,7 +83,9 @@ class Eagle(Generator):
         with progress.stage(f"train a head on {self.inputs} inputs", self.steps) as advance:
             train_head(network, head, tokens, self.steps, self.batch, length, self.rate, seed, advance)
         save_head(head, folder)
-        found: Any = replace(Eagle(), head=str(folder), tokens=self.tokens, width=self.width)  # type: ignore[type-var]
+        found: Any = replace(  # type: ignore[type-var]
+            Eagle(), head=str(folder), tokens=self.tokens, most=self.most, width=self.width
+        )
         assert isinstance(found, Eagle)
         return found
 
@@ -84,8 +95,9 @@ class Eagle(Generator):
         import torch
 
         from layerwise.errors import InputError
-        from layerwise.generate.branches import decode
+        from layerwise.generate.confidence import Confidence
         from layerwise.generate.draft_head import load_head
+        from layerwise.generate.speculation import Steady, speculate
         from layerwise.generate.wanted import Generation, Work
 
         if not self.head:
@@ -94,23 +106,25 @@ class Eagle(Generator):
                 "layerwise fit eagle MODEL DIR --text TEXT"
             )
         head = load_head(network, Path(self.head))
-        work, texts = Work(prefilled=len(prompts)), []
+        work, texts, reach = Work(prefilled=len(prompts)), [], self.tokens or self.most
         for row, prompt in enumerate(prompts):
             chooser = wanted.choice.chooser(row)
             with torch.inference_mode():
                 began = time.perf_counter()
                 capacity = len(prompt) + wanted.new_tokens
-                session = network.session(1, capacity, wanted.cache, self.width * self.tokens)
+                session = network.session(1, capacity, wanted.cache, self.width * reach)
                 seen: list[torch.Tensor] = []
                 scores = session.scores(session.prefill([prompt], seen))[0, -1]
                 first = chooser.pick(scores)
-                guesser = Levels(network, head, self.width, prompt, session)
-                guesser.confirmed([*prompt[1:], first], seen[-1])
+                draft = Levels(network, head, self.width, prompt, session)
+                if not self.tokens:
+                    draft.confidence = Confidence(draft.price, PRIOR, PRIOR)
+                draft.confirmed([*prompt[1:], first], seen[-1])
                 del seen
                 work.prefill_seconds += time.perf_counter() - began
                 began = time.perf_counter()
-                text = decode(
-                    session, first, guesser, self.tokens, chooser, wanted, work,
+                text = speculate(
+                    session, first, draft, Steady(reach), chooser, wanted, work,
                     lambda tokens, row=row: emit(row, tokens),  # type: ignore[misc]
                 )  # fmt: skip
                 work.decode_seconds += time.perf_counter() - began
@@ -131,6 +145,10 @@ class Levels:
         from layerwise.generate.draft_head import as_network
 
         self.network, self.head, self.width, self.newest = network, head, width, prompt[0]
+        self.confidence: Confidence | None = None
+        block, words = network.read_bytes
+        self.read_bytes = sum(p.nbytes for p in head.parameters()) + words  # of a level of guesses
+        self.price = self.read_bytes / (len(network.blocks) * block + words)
         spare = session.cache.capacity - session.capacity
         self.session = as_network(network, head).session(1, session.capacity, session.cache.kind, spare)
         self.pending: list[tuple[list[int], Tensor]] = []
@@ -141,18 +159,43 @@ class Levels:
         beside = list(tokens) if self.head.inputs != "unshifted" else [self.newest, *tokens[:-1]]
         self.pending.append((beside, self.network.norm(kept)))
         self.newest = tokens[-1]
+        if self.confidence is not None:
+            self.confidence.told(hidden.shape[1] - 1)
 
-    def guess(self, last: int, depth: int) -> Guesses:
-        """The tree that grows from the ``width`` likeliest paths of each level."""
+    def propose(self, session: Session, last: int, count: int, chooser: Chooser) -> Proposal:
+        """The tree that grows from the ``width`` likeliest paths of each level; a chain where that is one."""
+        if self.confidence is not None:
+            self.confidence.begin()
+        base = self._feed_known()
+        return self._chain(last, count, base) if self.width == 1 else self._tree(last, count, base)
+
+    def _chain(self, last: int, count: int, base: int) -> Proposal:
+        from layerwise.generate.confidence import sureness
+        from layerwise.generate.speculation import Proposal
+
+        tokens: list[int] = []
+        feature = self.feature
+        while True:
+            scores = self.network.head(feature)[0, -1]
+            sure = sureness(scores) if self.confidence is not None else 1.0
+            tokens.append(int(scores.argmax(-1)))
+            if len(tokens) == count or not self._pays(sure):
+                return Proposal(tokens, read_bytes=len(tokens) * self.read_bytes)
+            said = tokens[-1] if self.head.inputs != "unshifted" else [last, *tokens][-2]
+            mixed = self.head.mixed(self._embedded([said]), feature)
+            feature = self.session.run(mixed, (0,), [base + len(tokens) - 1])
+
+    def _tree(self, last: int, depth: int, base: int) -> Proposal:
         import torch
 
-        from layerwise.generate.branches import Guesses, branch_of
+        from layerwise.generate.branches import branch_of
+        from layerwise.generate.speculation import Proposal
 
-        base = self._feed_known()
         tokens: list[int] = []
         parents: list[int] = []
         features, scores = self.feature, self.network.head(self.feature)[0].float().log_softmax(-1)
         level, sums = [0], torch.zeros(1)  # nodes that are grown, and log-probabilities of their paths
+        before = 0.0  # the log-probability that the truth was on the level above
         for reached in range(1, depth + 1):
             best, words = scores.topk(min(self.width, scores.shape[-1]), dim=-1)
             all_sums = (sums[:, None].to(best) + best).flatten()
@@ -162,17 +205,29 @@ class Levels:
             first = len(tokens) + 1
             tokens += made
             parents += [level[place] for place in origin]
-            before, level = level, list(range(first, first + len(made)))
+            above, level = level, list(range(first, first + len(made)))
             if reached == depth:
                 break
-            said = made if self.head.inputs != "unshifted" else [([last, *tokens])[before[p]] for p in origin]
+            if self.confidence is not None:
+                now = float(sums.logsumexp(0))
+                if not self._pays(math.exp(min(0.0, now - before))):
+                    break
+                before = now
+            said = made if self.head.inputs != "unshifted" else [([last, *tokens])[above[p]] for p in origin]
             # The head's own tree has no node 0: a guess of the first level stands where the known pairs end.
             own = branch_of(base - 1, parents)
             mixed = self.head.mixed(self._embedded(said), features[:, origin])
             branch = replace(own, base=base, depths=own.depths[1:] - 1, sees=own.sees[first:, 1:])
             features = self.session.run(mixed, (0,), [base], branch)
             scores = self.network.head(features)[0].float().log_softmax(-1)
-        return Guesses(tokens, parents)
+        return Proposal(tokens, parents=parents, read_bytes=reached * self.read_bytes)
+
+    def _pays(self, sure: float) -> bool:
+        """Whether guesses behind those that were just made pay; these are made, and cost next to nothing more."""
+        if self.confidence is None:
+            return True
+        self.confidence.took(sure)
+        return self.confidence.pays()
 
     def _feed_known(self) -> int:
         """Feed what is known; ``feature`` is the guess behind it. Returns how many pairs the cache holds."""

@@ -15,54 +15,65 @@ from torch.nn.functional import cosine_similarity
 
 from layerwise.errors import InputError
 from layerwise.generate.choice import Choice, Chooser
+from layerwise.generate.confidence import FORGET, Confidence, sureness
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.session import Session
 from layerwise.generate.speculation import Proposal
 
 MEASURED = 48  # last tokens of the prompt at which drafts are tried
 PRIOR_WEIGHT = 16.0  # rounds' worth that the agreement on the prompt counts for, at most
-FORGET = 0.95  # of what was seen, from round to round
 ROUNDS = 5  # over which acceptance must not be below the floor
 SKIPPED_SHARES = (0.25, 0.5)
 
 
 @dataclass
 class OwnDraft:
-    """Drafts by a run of the network's own blocks."""
+    """Drafts by a run of the network's own blocks; those that end at an exit may end where they are not sure."""
 
     blocks: Sequence[int]
     depth: int
+    confidence: Confidence | None = None
 
     def propose(self, session: Session, last: int, count: int, chooser: Chooser) -> Proposal:
-        start = session.lengths[0]
+        start, confidence = session.lengths[0], self.confidence
         tokens: list[int] = []
         likely: list[Tensor] = []
         states: list[Tensor] = []
-        while True:
-            token = tokens[-1] if tokens else last
-            if len(tokens) == count and not self.depth:
-                break  # verification feeds the last token itself
+        looked = 0  # how often the head was read
+        if confidence is not None:
+            confidence.begin()
+        while self.depth or len(tokens) < count:  # verification feeds the last token itself, except behind an exit
             places = [start + len(tokens)]
-            hidden = session.run(session.embed(torch.tensor([[token]]), places), self.blocks, places)
+            hidden = session.embed(torch.tensor([[tokens[-1] if tokens else last]]), places)
+            hidden = session.run(hidden, self.blocks, places)
             states.append(hidden)
             if len(tokens) == count:
                 break
-            scores = session.scores(hidden)[0, -1]
+            scores, looked = session.scores(hidden)[0, -1], looked + 1
+            if confidence is not None:
+                sure = sureness(scores)
+                if not confidence.pays(sure):
+                    break
+                confidence.took(sure)
             if chooser.choice.greedy:
                 tokens.append(int(scores.argmax(-1)))
             else:
                 likely.append(chooser.choice.probabilities(scores))
                 tokens.append(chooser.draw(likely[-1]))
+        passes, (block, head) = len(states) * len(self.blocks), session.network.read_bytes
         return Proposal(
             tokens,
             torch.stack(likely) if likely else None,
             torch.cat(states, 1) if self.depth else None,
             self.depth,
-            len(states) * len(self.blocks),
+            passes,
+            read_bytes=passes * block + looked * head,
         )
 
     def confirmed(self, tokens: Sequence[int], hidden: Tensor) -> None:
-        """Its keys and values are the network's own, so there is nothing to keep."""
+        """Its keys and values are the network's own, so there is nothing to keep but how sure it may be."""
+        if self.confidence is not None:
+            self.confidence.told(hidden.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,16 @@ class Cost:
         verified = (self.blocks - self.depth) * self.block + self.head
         return fed * self.drafting * self.block + count * self.head + verified
 
+    @property
+    def price(self) -> float:
+        """One more drafted token, in plain tokens."""
+        return (self.drafting * self.block + self.head) / self.plain
+
+    def gain_of(self, drafted: float, accepted: float) -> float:
+        """Tokens for the bytes of one plain token, if an exit drafts and has accepted these shares of all tokens."""
+        looked = (1 - drafted) * self.head / self.plain
+        return 1 / max(1 - accepted + drafted * self.price + looked, self.price)
+
     def gain(self, agreement: float, count: int) -> float:
         """Tokens for the bytes of one plain token."""
         tokens = count + 1.0 if agreement >= 1 else (1 - agreement ** (count + 1)) / (1 - agreement)
@@ -98,20 +119,28 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which blocks draft, what it costs, and the share of tokens at which they agreed with the network."""
+    """Which blocks draft, what it costs, and the share of tokens at which they agreed with the network.
+
+    sure: of an exit whose drafts end where it is not sure, the mean of its largest probabilities; None otherwise.
+    gain: tokens for the bytes of one plain token, as expected.
+    """
 
     blocks: tuple[int, ...]
     depth: int
     cost: Cost
     agreement: float
     measured: int
+    gain: float
+    sure: float | None = None
 
-    def draft(self) -> OwnDraft:
-        return OwnDraft(self.blocks, self.depth)
-
-    def pace(self, tokens: int, most: int, floor: float) -> Following:
-        weight = min(PRIOR_WEIGHT, self.measured)
-        return Following(self.cost, tokens, most, floor, self.agreement * weight + 0.5, weight + 1)
+    def drafting(self, tokens: int, most: int, floor: float) -> tuple[OwnDraft, Following]:
+        """The draft, and its pace."""
+        weight = min(PRIOR_WEIGHT, self.measured) + 1.0
+        confidence = None
+        if self.sure is not None:
+            confidence = Confidence(self.cost.price, self.agreement * weight, self.sure * weight)
+        pace = Following(self.cost, tokens, most, floor, self.agreement * weight, weight, confidence)
+        return OwnDraft(self.blocks, self.depth, confidence), pace
 
     def __str__(self) -> str:
         out = sorted(set(range(self.cost.blocks)) - set(self.blocks))
@@ -129,16 +158,19 @@ class Following:
     floor: float
     agreed: float
     tried: float
+    confidence: Confidence | None = None  # ends a draft by itself
     recent: list[tuple[int, int]] = field(default_factory=list)
     stopped: bool = False
 
     def count(self) -> int:
         if self.stopped:
             return 0
+        if self.confidence is not None:
+            return self.most if self.confidence.possible else 0
         return self.fixed or self.cost.best(self.agreed / self.tried, self.most)
 
     def seen(self, drafted: int, accepted: int) -> None:
-        if not drafted:
+        if not drafted or self.confidence is not None:
             return
         # A draft ends at its first refusal: the tokens behind it say nothing.
         self.agreed = FORGET * self.agreed + accepted
@@ -193,8 +225,12 @@ def choose_plan(
     fixed: tuple[tuple[int, ...], int] | None,
     draft: str,
     most: int,
+    tokens: int = 0,
 ) -> Plan:
-    """The plan whose drafts gain most by their agreement on the prompt; ``seen`` as ``Session.prefill`` fills it."""
+    """The plan whose drafts gain most by their agreement on the prompt; ``seen`` as ``Session.prefill`` fills it.
+
+    tokens: of every draft; 0 lets exits end their drafts by how sure they are, and chooses a number for others.
+    """
     network = session.network
     tail = slice(-min(MEASURED, len(prompt)), None)
     wanted = network.scores(seen[-1][0, tail])
@@ -204,15 +240,26 @@ def choose_plan(
         count = len(network.blocks)
         choices = [] if draft == "skip" else [(tuple(range(depth)), depth) for depth in range(1, count)]
         choices += [] if draft == "exit" else [(kept, 0) for kept in skipping(seen, tail)]
-    block, head = network.read_bytes()
+    block, head = network.read_bytes
     plans: list[Plan] = []
     for blocks, depth in choices:
         hidden = seen[depth - 1] if depth else run_again(session, prompt, blocks)
-        shares = agreement(wanted, network.scores(hidden[0, tail]), choice)
+        offered = network.scores(hidden[0, tail])
+        shares = agreement(wanted, offered, choice)
         cost = Cost(block, head, len(network.blocks), len(blocks), depth)
         # One agreement and one refusal beside what was seen: a short prompt proves little.
-        plans.append(Plan(blocks, depth, cost, (sum(shares) + 1) / (len(shares) + 2), len(shares)))
-    return max(plans, key=lambda p: (p.cost.gain(p.agreement, p.cost.best(p.agreement, most)), p.agreement))
+        agreed, measured = (sum(shares) + 1) / (len(shares) + 2), len(shares)
+        if depth and not tokens:
+            sure = offered.float().softmax(-1).amax(-1)
+            mean = (float(sure.sum()) + 1) / (measured + 2)
+            drafts = [float(p) * agreed / mean >= cost.price for p in sure]
+            accepted = sum(share for share, drawn in zip(shares, drafts, strict=True) if drawn)
+            gain = cost.gain_of(sum(drafts) / (measured + 2), accepted / (measured + 2))
+            plans.append(Plan(blocks, depth, cost, agreed, measured, gain, mean))
+        else:
+            gain = cost.gain(agreed, tokens or cost.best(agreed, most))
+            plans.append(Plan(blocks, depth, cost, agreed, measured, gain))
+    return max(plans, key=lambda p: (p.gain, p.agreement))
 
 
 def agreement(wanted: Tensor, offered: Tensor, choice: Choice) -> list[float]:

@@ -34,6 +34,7 @@ class Plain(Generator):
         from layerwise.generate.wanted import Generation, Work
 
         work, rows = Work(prefilled=len(prompts)), range(len(prompts))
+        block, head = network.read_bytes
         texts: list[list[int]] = [[] for _ in rows]
         done = [False for _ in rows]
         choosers = [wanted.choice.chooser(row) for row in rows]
@@ -60,5 +61,6 @@ class Plain(Generator):
                 session.rollback([n + (not over) for n, over in zip(lengths, done, strict=True)])
                 work.full_passes += 1
                 work.block_passes += len(network.blocks)
+                work.read_bytes += len(network.blocks) * block + head
             work.decode_seconds = time.perf_counter() - began
         return Generation(tuple(map(tuple, texts)), work)

@@ -11,16 +11,19 @@ with b bytes a block and v bytes a head, it costs
 
 against L b + v for a plain token. The exit (or the set) with the best ratio is taken, its agreement measured on the
 prompt: the share of its last tokens at which an exit's choice is the network's, or 1 minus the distance in variation
-when tokens are drawn. Agreement is then followed while decoding and g chosen anew each round; where no g pays, rounds
-are plain steps, and below an acceptance of ``floor`` over five rounds drafting stops for good.
+when tokens are drawn. An exit drafts on while it is sure enough of its next token to pay for it (``confidence.py``):
+where it is not, all that was spent is one look at the head, since its states are verification's. For skipped blocks
+agreement is followed while decoding and g chosen anew each round; where no g pays, rounds are plain steps. A number of
+drafts that is given (``tokens``) is kept, until acceptance is below ``floor`` over five rounds.
 
 Source: M. Elhoushi et al., "LayerSkip", arXiv 2404.16710, for exits with one cache and reused states; J. Zhang et al.,
-"Draft & Verify", arXiv 2309.08168, for skipped blocks. LayerSkip fixes E and g by hand; choosing them on the prompt by
-the cost above is ours. Blocks to skip are those that turn the prompt's states least, never the first or the last. The
-paper's training, which makes exits agree, is not here: networks trained without it agree less. On docs-lm, 5 blocks
-trained without it, four drafts a round take 0.43 (exit) and 0.34 (skip) full passes a token with 35 % and 51 % of
-drafts accepted, but 1.9 and 1.5 times the time of plain decoding, since a draft runs four of the five blocks; left to
-choose, the method drafts next to nothing there and takes 1.03 and 1.08 times.
+"Draft & Verify", arXiv 2309.08168, for skipped blocks, and for drafts that end where they are unsure (below a threshold
+that follows a wanted acceptance). LayerSkip fixes E and g by hand; choosing E on the prompt, and the threshold, by the
+cost above is ours. Blocks to skip are those that turn the prompt's states least, never the first or the last. The
+paper's training, which makes exits agree, is a distiller (``distill/layer_skip.py``); without it they agree less. On
+docs-lm, 5 blocks without it, four drafts a round take 0.74 (exit) and 0.36 (skip) full passes a token with 9 % and 46 %
+of drafts accepted, but 1.9 and 1.6 times the time of plain decoding. Left to choose, exits take 0.87 full passes and
+1.07 times the time there, and skipped blocks draft next to nothing, in 1.09 times.
 """
 
 from __future__ import annotations
@@ -70,13 +73,16 @@ class SelfSpeculative(Generator):
                 session = network.session(1, len(prompt) + wanted.new_tokens, wanted.cache)
                 seen: list[torch.Tensor] = []
                 scores = session.scores(session.prefill([prompt], seen))[0, -1]
-                plan: Plan = choose_plan(session, prompt, seen, wanted.choice, fixed, self.draft, self.most)
+                plan: Plan = choose_plan(
+                    session, prompt, seen, wanted.choice, fixed, self.draft, self.most, self.tokens
+                )
+                draft, pace = plan.drafting(self.tokens, self.most, self.floor)
                 del seen
                 work.prefill_seconds += time.perf_counter() - began
                 began = time.perf_counter()
                 text = speculate(
-                    session, chooser.pick(scores), plan.draft(), plan.pace(self.tokens, self.most, self.floor),
-                    chooser, wanted, work, lambda tokens, row=row: emit(row, tokens),  # type: ignore[misc]
+                    session, chooser.pick(scores), draft, pace, chooser, wanted, work,
+                    lambda tokens, row=row: emit(row, tokens),  # type: ignore[misc]
                 )  # fmt: skip
                 work.decode_seconds += time.perf_counter() - began
             texts.append(tuple(text))

@@ -58,6 +58,9 @@ class Work:
                    head is none of them.
     drafted, accepted: tokens that were proposed, and those of them that the network confirmed.
     exited:        tokens that left before the last block and were kept.
+    read_bytes:    weights of blocks and heads that the passes behind the prompts read, each pass counted once however
+                   many tokens it is over: what would be time where nothing else took any. Plain decoding and methods
+                   that draft count it.
     """
 
     prefill_seconds: float = 0.0
@@ -68,6 +71,7 @@ class Work:
     drafted: int = 0
     accepted: int = 0
     exited: int = 0
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)

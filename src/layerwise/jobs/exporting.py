@@ -29,7 +29,19 @@ def export(artifact: str, out: str, to: str, options: ExportOptions) -> list[str
     """Write ``out``; returns what to tell the user. Raises ``InputError`` for what the format cannot express."""
     if to not in FORMATS:
         raise InputError(f"there is no export to {to!r}{nearest(to, list(FORMATS))}")
+    check_in_order(artifact)
     return FORMATS[to](artifact, out, options)
+
+
+def check_in_order(path: str) -> None:
+    """``InputError`` for a network whose blocks do not run once each, one after the other, for every input."""
+    from layerwise.network.artifact import open_artifact
+
+    artifact = open_artifact(path)
+    if artifact.arrangement is not None:
+        raise InputError(f"{path} is an arrangement of shared or parallel blocks, which no other format can say")
+    if artifact.depths is not None:
+        raise InputError(f"{path} runs its blocks for some inputs only, which no other format can say")
 
 
 def _dense(artifact: str, out: str, options: ExportOptions) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from layerwise.errors import InputError
 from layerwise.generate.choice import Choice
-from layerwise.generate.network import CausalNetwork, causal_network
+from layerwise.generate.network import CausalNetwork, by_columns, causal_network
 from layerwise.generate.streamed import open_streamed
 from layerwise.generate.wanted import Generation, Wanted, check_prompts, silent
 from layerwise.network.artifact import open_artifact
@@ -71,6 +71,7 @@ def open_speaker(
         module = load(source, DTYPES.get(dtype), device)
         if dtype == "auto" and device == "cpu" and _computes_in(module) == torch.float16:
             module = load(source, torch.float32, device)  # what holds packed sites cannot be cast afterwards
+    by_columns(module)
     return Speaker(causal_network(module), tokenizer_of(artifact.directory))
 
 

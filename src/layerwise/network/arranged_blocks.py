@@ -12,7 +12,7 @@ of the stored blocks under their plain names, what it yields are the steps. Befo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +127,19 @@ class ArrangedStep:
             states = [hidden, *reached[:-1]]
         out = hidden + added.mean(0) if step.combine == "mean" else reached[-1]
         return (out, *outputs[0][1:]) if isinstance(outputs[0], tuple) else out
+
+
+class ArrangedPart:
+    """Several steps, one behind the other, called like one."""
+
+    def __init__(self, steps: Sequence[Any]) -> None:
+        self.steps = steps
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for step in self.steps:
+            out = step(hidden, *args, **kwargs)
+            hidden = _hidden(out)
+        return out
 
 
 def _hidden(output: Any) -> Tensor:

@@ -85,6 +85,18 @@ class Arrangement:
         """Length of the chain of blocks that have to wait for one another."""
         return sum(step.rounds for step in self.steps)
 
+    def parts(self) -> tuple[range, ...]:
+        """Runs of steps, one behind the other, that share no block with another run: the shortest there are."""
+        last = {index: place for place, step in enumerate(self.steps) for index in step.blocks}
+        found: list[range] = []
+        start = end = 0
+        for place, step in enumerate(self.steps):
+            end = max(end, *(last[index] for index in step.blocks))
+            if place == end:
+                found.append(range(start, place + 1))
+                start = end = place + 1
+        return tuple(found)
+
     def first_slots(self) -> tuple[int, ...]:
         """The first slot of each step."""
         found, slot = [], 0

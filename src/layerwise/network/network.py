@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ class Network:
         if self.checkpoint is None:  # the search for a residual stream runs a bare module
             return None
         return stored_arrangement(self.checkpoint.config.get("quantization_config"))
+
+    @cached_property
+    def parts(self) -> tuple[tuple[str, ...], ...]:
+        """Paths of the blocks that run together, in order: each alone, or those of a step or a loop of an arrangement.
+
+        No block is in two parts, so that what a part needs and what is measured in it can be dealt with at once.
+        """
+        arrangement, blocks = self.arrangement, self.tree.blocks
+        if arrangement is None:
+            return tuple((block,) for block in blocks)
+        together = (
+            sorted({i for place in part for i in arrangement.steps[place].blocks}) for part in arrangement.parts()
+        )
+        return tuple(tuple(blocks[i] for i in part) for part in together)
+
+    def part_of(self, block: str) -> int:
+        """Which part a block is in."""
+        return next(i for i, part in enumerate(self.parts) if block in part)
 
     @property
     def depths(self) -> Depths | None:

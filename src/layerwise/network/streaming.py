@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import InputError
-from layerwise.network.arranged_blocks import USES, ArrangedBlocks
+from layerwise.network.arranged_blocks import USES, ArrangedBlocks, ArrangedPart
 from layerwise.network.network import Network
 from layerwise.network.sites import Site
 from layerwise.network.skeleton import materialised, parameter_owners
@@ -104,19 +104,25 @@ class _RowsFromDisk(nn.Module):
 class Streamer:
     """One network's forward in pieces, with weights from ``weights``.
 
-    ``device`` is where blocks run. Everything is float32. ``steps``: of an arranged network the steps are run in the
-    place of blocks, as many as ``count``; who measures each block by itself cannot do with that, and is refused.
+    ``device`` is where blocks run. Everything is float32. ``parts``: of an arranged network ``Network.parts`` are run
+    in the place of blocks, as many as ``count``; who measures each block by itself cannot do with that, and is
+    refused. ``adaptive``: who runs the network as it is, and may leave blocks out.
     """
 
     def __init__(
-        self, network: Network, weights: Weights | None = None, device: str = "cpu", steps: bool = False
+        self,
+        network: Network,
+        weights: Weights | None = None,
+        device: str = "cpu",
+        parts: bool = False,
+        adaptive: bool = False,
     ) -> None:
-        if network.arrangement is not None and not steps:
+        if network.arrangement is not None and not parts:
             raise InputError(
                 f"{network.name} is an arrangement of shared or parallel blocks, which cannot be run block by block; "
-                f"calibrate and compress the network that it was made from, and arrange the artifact"
+                f"do this to the network that it was made from"
             )
-        if network.depths is not None and not steps:
+        if network.depths is not None and not adaptive:
             raise InputError(
                 f"{network.name} runs its blocks for some tokens or texts only; calibrate and compress the network "
                 f"that it was made from"
@@ -127,6 +133,11 @@ class Streamer:
             network.module.get_submodule(blocks[0].rpartition(".")[0]) if blocks else nn.ModuleList()  # type: ignore[assignment]
         )
         self.weights: Weights = weights if weights is not None else network
+        self.steps: tuple[range, ...] = (  # of each part
+            self.members.arrangement.parts()
+            if isinstance(self.members, ArrangedBlocks)
+            else tuple(range(i, i + 1) for i in range(len(self.members)))
+        )
         self.device = torch.device(device)
         self.tuple_length: int | None = None
 
@@ -134,15 +145,15 @@ class Streamer:
 
     @property
     def count(self) -> int:
-        """How many blocks, or steps, a forward pass runs one after the other."""
-        return len(self.members)
+        """How many blocks, or parts, a forward pass runs one after the other."""
+        return len(self.steps)
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Block ``index`` with its weights in memory; of an arranged network, step ``index``."""
+        """Block ``index`` with its weights in memory; of an arranged network, part ``index``."""
         if isinstance(self.members, ArrangedBlocks):
-            with self._step(self.members, index) as step:
-                yield step
+            with self._part(self.members, index) as part:
+                yield part
             return
         path = self.network.tree.blocks[index]
         values = {k: v.to(self.device) for k, v in self.weights.read_part(path).items()}
@@ -150,16 +161,16 @@ class Streamer:
             yield block
 
     @contextlib.contextmanager
-    def _step(self, members: ArrangedBlocks, index: int) -> Iterator[Any]:
-        """A step with the weights of its blocks, and of all uses' extras, which are small, in memory."""
+    def _part(self, members: ArrangedBlocks, index: int) -> Iterator[Any]:
+        """A part with the weights of its blocks, and of all uses' extras, which are small, in memory."""
         place = self.network.tree.blocks[0].rpartition(".")[0]
         with contextlib.ExitStack() as stack:
             extras = [(f"{place}.{USES}", members._modules[USES])] if members.arrangement.extras else []
-            blocks = [self.network.tree.blocks[i] for i in dict.fromkeys(members.arrangement.steps[index].blocks)]
+            blocks = self.network.parts[index]
             for path, part in [*extras, *((b, self.network.module.get_submodule(b)) for b in blocks)]:
                 values = {n: self.weights.read(f"{path}.{n}").to(self.device) for n, _ in part.named_parameters()}
                 stack.enter_context(materialised(part, values))
-            yield members.steps[index]
+            yield ArrangedPart([members.steps[i] for i in self.steps[index]])
 
     def run_block(self, block: nn.Module, hidden: Tensor, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
         """Output hidden state of a materialised block, ``[sequences, length, width]``."""
@@ -178,7 +189,7 @@ class Streamer:
 
     def _enter(self, batch: Batch, index: int) -> tuple[Tensor, Any]:
         # Until a block has run once it is not known whether blocks return tuples, so only block 0 can be entered.
-        stop = index if self.tuple_length is not None else 0
+        stop = self.steps[index].start if self.tuple_length is not None else 0
         recorders: dict[int, _Recorder] = {}
 
         def stand_in(i: int, block: nn.Module) -> nn.Module:
@@ -198,7 +209,7 @@ class Streamer:
             yield self._leave
 
     def _leave(self, batch: Batch, hidden: Tensor) -> Any:
-        last = self.count - 1
+        last = len(self.members) - 1
 
         def stand_in(i: int, block: nn.Module) -> nn.Module:
             return Passing(block, self.tuple_length or 0, hidden if i == last else None)

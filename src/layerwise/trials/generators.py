@@ -30,7 +30,7 @@ from layerwise.errors import InputError
 from layerwise.generate.choice import Choice, Chooser
 from layerwise.generate.network import CausalNetwork
 from layerwise.generate.session import Session
-from layerwise.generate.speculation import Proposal, speculate
+from layerwise.generate.speculation import Proposal, Steady, speculate
 from layerwise.generate.wanted import Wanted, Work, silent
 from layerwise.jobs.fitting import run_of_tokens
 from layerwise.jobs.generating import Speaker, open_speaker
@@ -129,7 +129,8 @@ def speed_trials(
         if "inputs=" in name:
             continue  # what the others are held against
         trials += trials_of(name, found, tallies, len(network.blocks), size)
-        for other in (n for n in settings if "inputs=" in n and getattr(found, "width", 0) == 1):
+        steady = getattr(found, "width", 0) == 1 and getattr(found, "tokens", 0)
+        for other in (n for n in settings if "inputs=" in n and steady):
             figures = Figures("refused share of drafted tokens", tallies[name].refused, tallies[other].refused)
             trials.append(Trial(Side(name, size, None), Side(other, size, None), figures))
     return trials
@@ -173,7 +174,8 @@ def settings_of(technique: str) -> list[Generator]:
     if hasattr(kind, "floor") and hasattr(kind, "most"):
         found += [parse_generator(f"{name}:{setting},{FIXED}") for setting in kind.menu]
     if hasattr(kind, "inputs"):
-        found += [replace(kind, inputs=other) for other in ("unshifted", "feature", "token")]  # type: ignore[type-var]
+        steady = replace(kind, tokens=4)  # type: ignore[type-var]
+        found += [steady, *(replace(steady, inputs=other) for other in ("unshifted", "feature", "token"))]  # type: ignore[type-var]
     if hasattr(kind, "confidence"):
         found.append(replace(kind, confidence=0.0))  # type: ignore[type-var]
     return found
@@ -217,21 +219,11 @@ class Repeat:
         """It knows nothing but the last token."""
 
 
-class Four:
-    """Four drafts a round."""
-
-    def count(self) -> int:
-        return 4
-
-    def seen(self, drafted: int, accepted: int) -> None:
-        """Nothing changes its mind."""
-
-
 @torch.inference_mode()
 def repeat(network: CausalNetwork, prompt: Sequence[int], tally: Tally) -> None:
     """Count what the repeating draft is worth."""
     session = network.session(1, len(prompt) + NEW_TOKENS)
     first = int(session.scores(session.prefill([prompt]))[0, -1].argmax())
     work, wanted = Work(prefilled=1), Wanted(NEW_TOKENS, ignore_stop=True)
-    text = speculate(session, first, Repeat(), Four(), Choice().chooser(), wanted, work, lambda _: None)
+    text = speculate(session, first, Repeat(), Steady(4), Choice().chooser(), wanted, work, lambda _: None)
     tally.add(0.0, text, work)
