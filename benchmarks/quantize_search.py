@@ -19,6 +19,7 @@ from benchmarks.runs import Run, resumed
 
 from layerwise.acts.apply import linear_bytes, predicted_bytes
 from layerwise.acts.candidates import distinct, find_candidates
+from layerwise.acts.images import Given
 from layerwise.acts.kept import Candidates, Stored, overlay, rebuilt, with_removals
 from layerwise.acts.measuring import NetworkMeasures
 from layerwise.acts.prepare import Options, prepare
@@ -70,11 +71,15 @@ class Plan:
 
 @contextmanager
 def searched(
-    given: argparse.Namespace, options: Options, methods: Sequence[str], refused: dict[str, str]
+    given: argparse.Namespace,
+    options: Options,
+    methods: Sequence[str],
+    refused: dict[str, str],
+    handed: Given = Given(),
 ) -> Iterator[Search]:
     """Calibrate and encode what the work folder does not hold yet. ``refused`` receives the methods left out."""
     watch = Stopwatch(Bar(given.quiet))
-    prepared = prepare(replace(options, techniques=()))
+    prepared = prepare(replace(options, techniques=()), handed)
     dtype = str(prepared.network.plain_dtype).removeprefix("torch.")
     prepared = replace(prepared, menu=union_of(methods, dtype))
     calibration = resumed(given, prepared)
@@ -91,8 +96,10 @@ def searched(
 
 def refusal(rewriter: Rewriter, method: str, dtype: str, refused: dict[str, str]) -> bool:
     """Whether the network has no place for a method's rewrite."""
+    asked = chains(make_menu((method,), dtype).linear)
     try:
-        rewriter.refuse_impossible(chains(make_menu((method,), dtype).linear))
+        if asked:
+            rewriter.refuse_impossible(asked)
     except InputError as reason:
         refused[method] = str(reason)
         return True

@@ -3,7 +3,8 @@
 Integers of 2 to 8 bits (symmetric, with whole and with float zeros), codebooks and ternary planes, with fp16 and 8-bit
 scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
 A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
-which is summed over the other way, is kept dense: it has ``rank`` values for a row. Every other form, and every form
+which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are both kept as
+float32, so that they are widened once and not at every product. Every other form, and every form
 where the library is absent, multiplies through its reference (``Encoded.multiply``).
 """
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.codebook import LEVELS, Codebook
+from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.float8 import float8_values
 from layerwise.encoding.grid import FittedGrid
@@ -69,6 +71,18 @@ class LowRankProduct:
         return y if bias is None else y.add_(bias)
 
 
+@dataclass(frozen=True, eq=False)
+class DenseProduct:
+    """``x W^T`` of values kept as float32, ``turned`` [columns, rows]."""
+
+    turned: Tensor
+    table = False
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
+        y = (x.float() @ self.turned).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+
 def _part_product(part: Multiplier | Encoded, x: Tensor, int8: bool) -> Tensor:
     if isinstance(part, Encoded):
         return part.multiply(x)
@@ -83,9 +97,14 @@ def repack(form: Encoded) -> Multiplier | None:
             return None
         return SumProduct(tuple(k or part for k, part in zip(kernels, (form.first, form.second), strict=True)))
     if isinstance(form, LowRank):
-        right = repack(form.right)
+        right = _dense_factor(form.right) if isinstance(form.right, Dense) else repack(form.right)
         return None if right is None else LowRankProduct(right, form.left.decode())
     return packed_matrix(form)
+
+
+def _dense_factor(form: Dense) -> DenseProduct | None:
+    """A factor of 16 bits, widened; None off the CPU, where the form multiplies itself."""
+    return DenseProduct(form.decode().T.contiguous()) if form.values.device.type == "cpu" else None
 
 
 def packed_matrix(form: Encoded) -> PackedMatrix | None:
