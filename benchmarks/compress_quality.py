@@ -101,7 +101,7 @@ def plans_of(search: Search, members: Mapping[str, Sequence[str]], given: argpar
         mine = [t for t in techniques if t in search.methods]
         if mine:
             plans += search.planned("family", family, search.offered(mine), ALL, given.bits)
-    everything = search.run.candidates
+    everything = search.everything()
     if not given.no_removals and search.run.prepared.network.tree.blocks:
         label = canonical(DROP)
         for row, techniques in (("depth", ()), ("dense", ("dense",))):

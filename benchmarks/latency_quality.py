@@ -320,7 +320,7 @@ def rows_of(
     taken: Mapping[str, Times],
 ) -> list[dict[str, Any]]:
     prepared = search.run.prepared
-    rows = []
+    rows: list[dict[str, Any]] = []
     for variant in variants:
         times = {title: of[variant.name] for title, of in taken.items()}
         rows.append(

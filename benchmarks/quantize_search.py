@@ -37,7 +37,7 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import is_dense
-from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
+from layerwise.plan.menu import LINEARS_ONLY, Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Node
 from layerwise.recipe import parse_allocator, parse_recipe, surgery
@@ -115,6 +115,12 @@ def union_of(methods: Sequence[str], dtype: str) -> Menu:
     return Menu(linear, tables)
 
 
+def rounded_tables(menu: Menu, dtype: str) -> Menu:
+    """A menu that keeps to the product's own rule: factors are for linears, and tables beside them are rounded."""
+    kept = tuple(r for r in menu.table if is_dense(r) or parse_recipe(r).encoder.family != LINEARS_ONLY)
+    return menu if kept == menu.table else replace(menu, table=distinct([*make_menu((), dtype).table, *kept]))
+
+
 def canonical(recipe: str) -> str:
     return str(parse_recipe(recipe))
 
@@ -141,7 +147,16 @@ class Search:
     # ---------------------------------------------------------------- plans
 
     def offered(self, techniques: Sequence[str]) -> Candidates:
-        return shortlist(self.run.candidates, make_menu(tuple(techniques), self.dtype))
+        return shortlist(self.run.candidates, rounded_tables(make_menu(tuple(techniques), self.dtype), self.dtype))
+
+    def everything(self) -> Candidates:
+        """What all methods and the default menu offer, without what only stands beside uniform settings."""
+        menus = [make_menu((method,), self.dtype) for method in self.methods] + [make_menu((), self.dtype)]
+        linear = distinct(recipe for menu in menus for recipe in menu.linear)
+        table = distinct(recipe for menu in menus for recipe in menu.table)
+        return shortlist(
+            self.run.candidates, rounded_tables(replace(menus[-1], linear=linear, table=table), self.dtype)
+        )
 
     def planned(
         self,
@@ -221,11 +236,8 @@ class Search:
         run = self.run
         find_removals(run.calibration, run.candidates, STAGE, run.watch)
         self.run = replace(run, candidates=with_removals(run.calibration, run.candidates, surgeon, STAGE))
-        return (
-            self.run.candidates
-            if techniques is None
-            else with_removals(run.calibration, self.offered(techniques), surgeon, STAGE)
-        )
+        own = self.everything() if techniques is None else self.offered(techniques)
+        return with_removals(run.calibration, own, surgeon, STAGE)
 
     # ---------------------------------------------------------------- losses
 
