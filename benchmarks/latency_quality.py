@@ -383,7 +383,7 @@ def at_equal_latency(rows: Sequence[Mapping[str, Any]], title: str) -> list[dict
             "network": row["variant"], "ms": f"{row['ms'][title]:.3g}", "its loss": f"{row['loss']:.3g}",
         }  # fmt: skip
         for family in others:
-            fits = [r for r in rows if r["family"] == family and r["ms"][title] <= row["ms"][title]]
+            fits = [r for r in rows if r["family"] == family and r is not row and r["ms"][title] <= row["ms"][title]]
             best = min(fits, key=lambda r: r["loss"]) if fits else None
             cells[family] = f"{best['loss']:.3g} ({best['variant']})" if best else "–"
         out.append(cells)
