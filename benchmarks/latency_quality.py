@@ -58,6 +58,7 @@ from layerwise.network.network import output_width
 from layerwise.network.packed import set_activations
 from layerwise.network.sizes import largest_file
 from layerwise.network.streaming import rows_at_once
+from layerwise.plan.constraints import is_dense
 from layerwise.plan.tree import Candidate
 from layerwise.recipe import parse_surgeon
 
@@ -179,12 +180,13 @@ def planned(
 
 
 def everywhere(search: Search, recipe: str) -> dict[str, str]:
-    """One recipe on every linear of the blocks, 16 bits elsewhere."""
-    plain = canonical(DENSE)
-    return {
-        name: recipe if name in search.linears and found.site.block and found.reached else plain
-        for name, found in search.run.candidates.sites.items()
-    }
+    """One recipe on every linear of the blocks that the loss reaches; elsewhere 16 bits, or what is cheap."""
+    chosen = {}
+    for name, found in search.run.candidates.sites.items():
+        offered = [c.recipe for c in found.candidates]
+        plain = next((r for r in offered if is_dense(r)), offered[0])
+        chosen[name] = recipe if name in search.linears and found.site.block and found.reached else plain
+    return chosen
 
 
 def encoded_as(search: Search, recipes: Mapping[str, str]) -> Candidates:
