@@ -2,6 +2,9 @@
 
     python benchmarks/compress_quality.py [NETWORK] [--bits 8 6 5 4 3 2.5 2] [--seeds 0] [--picture FILE.svg]
 
+NETWORK is a checkpoint folder, of a language model or an encoder, or ``resnet20``, ``mlp`` or ``vit``, which
+``benchmarks/vision.py`` opens with their images.
+
     quantize    the default menu: what ``layerwise compress`` chooses among
     prune       every technique of ``prune/`` with its own menu; masks and indices are bytes like all others
     factorize   every technique of ``factorize/`` with its own menu
@@ -11,8 +14,8 @@
 
 All share one search a seed: candidates are encoded once, and each row is planned over those that are its own, within
 the same budgets of the whole file. What a plan takes is encoded again, in full, and measured on held-out text. Where
-all families together are not better than the best one alone, the table of choices shows why: which family the planner
-gave each kind of matrix to.
+all families together are not better than the best one alone, two tables show why: which family the planner gave each
+kind of matrix to, and, layer by layer, the least damage of each family over that of rounding in the same bytes.
 
 Exits with 1 when a plan is larger than its budget. That joining families buys nothing is a finding, not a failure.
 """
@@ -30,11 +33,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.fronts import Point, picture, size_at
+from benchmarks.fronts import Point, front_of, loss_at, picture, size_at
+from benchmarks.networks import add_image_options, data_of
 from benchmarks.quantize_search import ALL, Plan, Search, searched
-from benchmarks.runs import add_run_options, run_options, texts
+from benchmarks.runs import add_run_options, run_options
 from benchmarks.tables import Table, add_output_options, publish
 
+from layerwise.plan.constraints import is_dense
+from layerwise.plan.tree import Candidate
 from layerwise.recipe import canonical, parse_recipe, surgery
 from layerwise.roles import Encoder
 from layerwise.technique import find, names
@@ -51,30 +57,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="calibration seeds (%(default)s)")
     parser.add_argument("--families", nargs="+", default=["prune", "factorize"], help="beside quantize (%(default)s)")
     parser.add_argument("--without", nargs="+", default=[], metavar="TECHNIQUE", help="leave these out")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TECHNIQUE", help="instead of all of the families: these, or recipes"
+    )
     parser.add_argument("--no-removals", action="store_true", help="offer no removal of blocks")
     parser.add_argument("--picture", metavar="FILE", type=Path, help="write the fronts here, as SVG")
+    add_image_options(parser)
     add_output_options(parser)
     given = parser.parse_args(arguments)
-    members = {family: encoders_of(family, given.without) for family in given.families}
+    members = {family: encoders_of(family, given.without, given.only) for family in given.families}
     refused: dict[str, str] = {}
     rows: list[dict[str, Any]] = []
-    with texts(given) as (calibrate, evaluate):
+    sites: list[dict[str, Any]] = []
+    with data_of(given) as (calibrate, evaluate, handed):
         for seed in given.seeds:
             asked = [technique for techniques in members.values() for technique in techniques]
-            with searched(given, run_options(given, calibrate, evaluate, seed), asked, refused) as search:
+            with searched(given, run_options(given, calibrate, evaluate, seed), asked, refused, handed) as search:
                 plans = plans_of(search, members, given)
+                sites += sites_of(search, seed, list(members))
                 scores = search.measure(plans, seed)
                 rows += rows_of(search, seed, plans, scores)
     for technique, reason in refused.items():
         print(f"left out: {technique}: {reason}", file=sys.stderr)
-    publish(given, tables_of(rows, given.bits), {"benchmark": "compress_quality", "rows": rows, "left out": refused})
+    tables = tables_of(rows, given.bits) + tables_of_sites(sites, list(members))
+    found = {"benchmark": "compress_quality", "rows": rows, "sites": sites, "left out": refused}
+    publish(given, tables, found)
     if given.picture:
         write_picture(given, rows)
     return int(any(row["bpw"] > row["bits"] for row in rows))
 
 
-def encoders_of(family: str, without: Sequence[str]) -> list[str]:
-    """Every registered encoder of a family."""
+def encoders_of(family: str, without: Sequence[str], only: Sequence[str] = ()) -> list[str]:
+    """Every registered encoder of a family, or those of ``only`` that belong to it."""
+    if only:
+        return [text for text in only if parse_recipe(text).encoder.family == family]
     return [name for name in names(Encoder) if find(name).family == family and name not in without]
 
 
@@ -85,8 +101,8 @@ def plans_of(search: Search, members: Mapping[str, Sequence[str]], given: argpar
         mine = [t for t in techniques if t in search.methods]
         if mine:
             plans += search.planned("family", family, search.offered(mine), ALL, given.bits)
-    everything = search.run.candidates
-    if not given.no_removals:
+    everything = search.everything()
+    if not given.no_removals and search.run.prepared.network.tree.blocks:
         label = canonical(DROP)
         for row, techniques in (("depth", ()), ("dense", ("dense",))):
             plans += search.planned("family", row, search.with_removals(label, techniques), ALL, given.bits)
@@ -116,6 +132,28 @@ def chosen(search: Search, plan: Plan) -> dict[str, int]:
         for name, recipe in plan.recipes.items()
         if found[name].reached
     )
+
+
+def sites_of(search: Search, seed: int, families: Sequence[str]) -> list[dict[str, Any]]:
+    """Each linear: what a family's best candidate costs there, over what rounding costs in as many bytes."""
+    found = []
+    for name, site in search.run.candidates.sites.items():
+        if not site.reached or name not in search.linears:
+            continue
+        by_family: dict[str, list[Candidate]] = {}
+        for candidate in site.candidates:
+            by_family.setdefault(family_of(candidate.recipe), []).append(candidate)
+        rounded = front_of([(c.bytes, c.damage) for c in by_family.get(QUANTIZE, [])])
+        row: dict[str, Any] = {"seed": seed, "site": name, "parameters": site.site.parameters}
+        for family in families:
+            over = [
+                (c.damage / at, 8 * c.bytes / site.site.parameters, c.recipe)
+                for c in by_family.get(family, [])
+                if not is_dense(c.recipe) and (at := loss_at(rounded, c.bytes))
+            ]
+            row[family] = dict(zip(("ratio", "bpw", "recipe"), min(over), strict=True)) if over else None
+        found.append(row)
+    return found
 
 
 def kind_of(site: str) -> str:
@@ -197,6 +235,36 @@ def choices(rows: Sequence[Mapping[str, Any]], budgets: Sequence[float]) -> list
         }
         out.append({"matrices": kind, "family": family, **counts})
     return out
+
+
+def tables_of_sites(sites: Sequence[Mapping[str, Any]], families: Sequence[str]) -> list[Table]:
+    """Why: each linear of the first seed, and how many of them each family is better at than rounding."""
+    mine = [row for row in sites if row["seed"] == sites[0]["seed"]]
+    shown, counts = [], []
+    for row in mine:
+        cells: dict[str, Any] = {"linear": row["site"]}
+        for family in families:
+            best = row[family]
+            cells[f"{family} / rounding"] = f"{best['ratio']:.3g}" if best else "–"
+            cells[f"by {family}"] = f"{best['recipe']} ({best['bpw']:.2f} bits)" if best else "–"
+        shown.append(cells)
+    for family in families:
+        ratios = [row[family]["ratio"] for row in mine if row[family]]
+        if ratios:
+            counts.append(
+                {
+                    "family": family,
+                    "linears": len(ratios),
+                    "better than rounding": sum(r < 1 for r in ratios),
+                    "better by 10 %": sum(r < 0.9 for r in ratios),
+                    "median": f"{statistics.median(ratios):.3g}",
+                    "least": f"{min(ratios):.3g}",
+                }
+            )
+    if not counts:
+        return []
+    title = "the least predicted damage of a family's candidates over that of rounding in the same bytes"
+    return [Table.of(f"why: {title}, over all linears", counts), Table.of(f"the same, layer by layer: {title}", shown)]
 
 
 def points(rows: Sequence[Mapping[str, Any]], family: str, seed: int | None = None) -> list[Point]:

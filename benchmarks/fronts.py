@@ -132,9 +132,9 @@ def _apart(wanted: Sequence[float], gap: float = 12.0) -> list[float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    step = 0.5 if high - low <= 4 else 1.0
+    step = next(step for step in (0.1, 0.2, 0.5, 1.0) if high - low <= 8 * step or step == 1.0)
     first = math.ceil(low / step - 1e-9)
-    return [step * i for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(step * i, 6) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _decades(low: float, high: float) -> list[float]:

@@ -19,6 +19,7 @@ from benchmarks.runs import Run, resumed
 
 from layerwise.acts.apply import linear_bytes, predicted_bytes
 from layerwise.acts.candidates import distinct, find_candidates
+from layerwise.acts.images import Given
 from layerwise.acts.kept import Candidates, Stored, overlay, rebuilt, with_removals
 from layerwise.acts.measuring import NetworkMeasures
 from layerwise.acts.prepare import Options, prepare
@@ -36,7 +37,7 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.network.overlay import Overlay
 from layerwise.plan.constraints import is_dense
-from layerwise.plan.menu import Menu, fitted, make_menu, uniform_recipes
+from layerwise.plan.menu import LINEARS_ONLY, Menu, fitted, make_menu, uniform_recipes
 from layerwise.plan.pareto import Pareto
 from layerwise.plan.tree import Node
 from layerwise.recipe import parse_allocator, parse_recipe, surgery
@@ -70,11 +71,15 @@ class Plan:
 
 @contextmanager
 def searched(
-    given: argparse.Namespace, options: Options, methods: Sequence[str], refused: dict[str, str]
+    given: argparse.Namespace,
+    options: Options,
+    methods: Sequence[str],
+    refused: dict[str, str],
+    handed: Given = Given(),
 ) -> Iterator[Search]:
     """Calibrate and encode what the work folder does not hold yet. ``refused`` receives the methods left out."""
     watch = Stopwatch(Bar(given.quiet))
-    prepared = prepare(replace(options, techniques=()))
+    prepared = prepare(replace(options, techniques=()), handed)
     dtype = str(prepared.network.plain_dtype).removeprefix("torch.")
     prepared = replace(prepared, menu=union_of(methods, dtype))
     calibration = resumed(given, prepared)
@@ -91,8 +96,10 @@ def searched(
 
 def refusal(rewriter: Rewriter, method: str, dtype: str, refused: dict[str, str]) -> bool:
     """Whether the network has no place for a method's rewrite."""
+    asked = chains(make_menu((method,), dtype).linear)
     try:
-        rewriter.refuse_impossible(chains(make_menu((method,), dtype).linear))
+        if asked:
+            rewriter.refuse_impossible(asked)
     except InputError as reason:
         refused[method] = str(reason)
         return True
@@ -106,6 +113,12 @@ def union_of(methods: Sequence[str], dtype: str) -> Menu:
     beside = [uniform_recipes(parse_recipe(recipe), "same")[1] for recipe in linear if not is_dense(recipe)]
     tables = distinct([*(r for menu in menus for r in menu.table), *map(canonical, beside), canonical(TABLES)])
     return Menu(linear, tables)
+
+
+def rounded_tables(menu: Menu, dtype: str) -> Menu:
+    """A menu that keeps to the product's own rule: factors are for linears, and tables beside them are rounded."""
+    kept = tuple(r for r in menu.table if is_dense(r) or parse_recipe(r).encoder.family != LINEARS_ONLY)
+    return menu if kept == menu.table else replace(menu, table=distinct([*make_menu((), dtype).table, *kept]))
 
 
 def canonical(recipe: str) -> str:
@@ -134,7 +147,16 @@ class Search:
     # ---------------------------------------------------------------- plans
 
     def offered(self, techniques: Sequence[str]) -> Candidates:
-        return shortlist(self.run.candidates, make_menu(tuple(techniques), self.dtype))
+        return shortlist(self.run.candidates, rounded_tables(make_menu(tuple(techniques), self.dtype), self.dtype))
+
+    def everything(self) -> Candidates:
+        """What all methods and the default menu offer, without what only stands beside uniform settings."""
+        menus = [make_menu((method,), self.dtype) for method in self.methods] + [make_menu((), self.dtype)]
+        linear = distinct(recipe for menu in menus for recipe in menu.linear)
+        table = distinct(recipe for menu in menus for recipe in menu.table)
+        return shortlist(
+            self.run.candidates, rounded_tables(replace(menus[-1], linear=linear, table=table), self.dtype)
+        )
 
     def planned(
         self,
@@ -214,11 +236,8 @@ class Search:
         run = self.run
         find_removals(run.calibration, run.candidates, STAGE, run.watch)
         self.run = replace(run, candidates=with_removals(run.calibration, run.candidates, surgeon, STAGE))
-        return (
-            self.run.candidates
-            if techniques is None
-            else with_removals(run.calibration, self.offered(techniques), surgeon, STAGE)
-        )
+        own = self.everything() if techniques is None else self.offered(techniques)
+        return with_removals(run.calibration, own, surgeon, STAGE)
 
     # ---------------------------------------------------------------- losses
 

@@ -81,6 +81,7 @@ def add_run_options(parser: argparse.ArgumentParser, network: str | None = None)
     parser.add_argument(
         "--exclude", metavar="TEXT", help="drop from the calibration text the lines that occur in this one"
     )
+    parser.add_argument("--lines", type=int, metavar="N", help="measure on N lines of the held-out text, evenly spaced")
     parser.add_argument("--techniques", metavar="A,B", help="techniques to choose among; the package's default")
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (%(default)s)")
@@ -95,21 +96,38 @@ def add_run_options(parser: argparse.ArgumentParser, network: str | None = None)
 
 @contextmanager
 def texts(given: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """(calibration text, held-out text), the former without the lines of ``--exclude``."""
+    """(calibration text, held-out text): without the lines of ``--exclude``, and ``--lines`` of them."""
     usual = default_texts(given.network)
     calibrate, evaluate = given.calibrate or usual[0], given.evaluate or usual[1]
-    if not given.exclude:
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        if given.exclude:
+            calibrate = without_lines(given, calibrate, Path(folder))
+        if given.lines:
+            evaluate = spaced_lines(evaluate, given.lines, Path(folder))
         yield calibrate, evaluate
-        return
+
+
+def without_lines(given: argparse.Namespace, calibrate: str, folder: Path) -> str:
+    """A copy of the calibration text without the lines of ``--exclude``."""
     dropped = set(read_text(given.exclude).lines)
     lines = list(read_text(calibrate).lines)
     kept = [line for line in lines if line not in dropped]
     if not given.quiet:
         print(f"{len(lines) - len(kept)} of {len(lines)} calibration lines occur in {given.exclude}", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
-        file = Path(folder) / f"{Path(calibrate).stem}-filtered.txt"
-        file.write_text("\n".join(kept) + "\n", encoding="utf-8")
-        yield str(file), evaluate
+    file = folder / f"{Path(calibrate).stem}-filtered.txt"
+    file.write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def spaced_lines(text: str, count: int, folder: Path) -> str:
+    """A copy of a text of which ``count`` lines are left, at even distances: parts of one kind stand together."""
+    with open(text, encoding="utf-8", newline="") as file:
+        lines = file.readlines()
+    if count >= len(lines):
+        return text
+    copy = folder / Path(text).name
+    copy.write_text("".join(lines[i * len(lines) // count] for i in range(count)), encoding="utf-8", newline="")
+    return str(copy)
 
 
 def run_options(given: argparse.Namespace, calibrate: str, evaluate: str, seed: int, **more: object) -> Options:

@@ -10,7 +10,8 @@ import pytest
 
 SCRIPTS = (
     "quality", "prediction", "memory", "resume", "minilm", "solver", "startup", "papers_search", "norms", "vision",
-    "arranged", "decoding", "decoding_speed", "peers.run", "rotary_keys", "quantize_quality",
+    "arranged", "decoding", "decoding_speed", "peers.run", "rotary_keys", "quantize_quality", "compress_quality",
+    "latency_quality",
 )  # fmt: skip
 
 
@@ -80,8 +81,8 @@ def test_excluded_lines_leave_the_calibration_text(tmp_path: Path) -> None:
     calibrate.write_text("a line that stays\na line that goes\n", encoding="utf-8")
     pairs.write_text("a line that goes,another one,3.5\nfirst,second,1.0\n", encoding="utf-8")
     given = type("Given", (), {})()
-    given.network, given.calibrate, given.evaluate, given.exclude, given.quiet = (
-        "tiny", str(calibrate), str(pairs), str(pairs), True,
+    given.network, given.calibrate, given.evaluate, given.exclude, given.quiet, given.lines = (
+        "tiny", str(calibrate), str(pairs), str(pairs), True, None,
     )  # fmt: skip
     with texts(given) as (filtered, evaluate):
         assert Path(filtered).read_text(encoding="utf-8") == "a line that stays\n"
@@ -149,3 +150,81 @@ def test_quantize_quality(
     for name in ("encode", "compare", "propagate"):
         monkeypatch.setattr(quantize_search, name, refuse)
     assert main(arguments) == 0 and found.read_text() == first
+
+
+def test_families_and_latencies_share_a_search(
+    tiny_llama: Path, sentences: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import compress_quality, latency_quality, quantize_search
+
+    found, page, drawing = tmp_path / "found.json", tmp_path / "found.md", tmp_path / "found.svg"
+    shared = [
+        str(tiny_llama), "--calibrate", str(sentences), "--evaluate", str(held_out), "--lines", "40",
+        "--only", "svd:ratio=0.5,factor_bits=4", "wanda:sparsity=0.4,bits=2,group=0", "--sequences", "24",
+        "--length", "64", "--threads", "1", "--workers", "1", "--work", str(tmp_path / "work"), "--quiet",
+        "--json", str(found), "--markdown", str(page), "--picture", str(drawing),
+    ]  # fmt: skip
+    assert compress_quality.main([*shared, "--bits", "12", "9", "--seeds", "0"]) == 0
+    values = json.loads(found.read_text())
+    rows = values["rows"]
+    assert {row["family"] for row in rows} >= {"quantize", "prune", "factorize", "all families together"}
+    assert all(0 < row["bpw"] <= row["bits"] for row in rows)
+    assert "layer by layer" in page.read_text() and drawing.read_text().count("<polyline") > 3
+    over = [row["prune"]["ratio"] for row in values["sites"] if row["prune"]]
+    assert over and min(over) > 0
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the search is there already")
+
+    monkeypatch.setattr(quantize_search.Search, "_measure", refuse)
+    arguments = [
+        "--bits", "9", "1", "--surgeons", "structured:channels=0.5", "drop_block:count=1", "--factors",
+        "asvd:ratio=0.5", "--drops", "1", "--drop-bits", "9", "--rounds", "2",
+    ]  # fmt: skip
+    assert latency_quality.main([*shared, *arguments]) == 0
+    values = json.loads(found.read_text())
+    assert [(row["family"], row["variant"]) for row in values["rows"]] == [
+        ("dense", "dense"), ("quantize", "9 bits"), ("quantize, int8 inputs", "9 bits, int8 inputs"),
+        ("prune", "structured:channels=0.5"), ("depth", "drop_block:count=1"), ("factorize", "asvd:ratio=0.5"),
+        ("depth, rounded", "1 left out, 9 bits"),
+    ]  # fmt: skip
+    assert list(values["left out"]) == ["1 bits"]
+    dense, *others = values["rows"]
+    assert dense["loss"] == 0 and all(row["loss"] > 0 for row in others)
+    assert all(min(row["ms"].values()) > 0 for row in values["rows"])
+    assert "no slower than a depth plan" in page.read_text() and "<polyline" in drawing.read_text()
+
+
+def test_images_take_the_place_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    import layerwise
+    from benchmarks import compress_quality, networks
+    from layerwise.calibrate.images import Images
+
+    def blobs(seed: int, count: int) -> Images:
+        drawn = torch.Generator().manual_seed(seed)
+        labels = torch.arange(count) % 4
+        return Images(f"{seed}", torch.randn(count, 1, 8, 8, generator=drawn) + labels[:, None, None, None], labels)
+
+    def small(*_: object) -> object:
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(8 * 36, 4)
+        )
+        calibration = blobs(1, 240)
+        return layerwise.open(module, (calibration.pixels, calibration.labels)), calibration, blobs(2, 60)
+
+    monkeypatch.setitem(networks.NETWORKS, "small", small)
+    arguments = [
+        "small", "--only", "wanda:sparsity=0.4,bits=2,group=0", "--families", "prune", "--bits", "12", "9", "--seeds",
+        "0", "--threads", "1", "--workers", "1", "--work", str(tmp_path), "--quiet",
+    ]  # fmt: skip
+    assert compress_quality.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "top1" in shown and "all families together" in shown
+    monkeypatch.setitem(networks.NETWORKS, "small", lambda *_: None)
+    with pytest.raises(layerwise.InputError, match="needs its files"):
+        compress_quality.main(arguments)

@@ -49,6 +49,19 @@ def test_a_part_without_a_kernel_is_multiplied_by_its_reference():
     assert torch.allclose(kernel.multiply(x), x @ form.decode().T, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_factors_are_widened_once(dtype: torch.dtype):
+    factors = [Dense.of(normal(7, n, seed=n) / 10, torch.float16) for n in (40, 96)]
+    form = LowRank(*factors)
+    kernel = repack(form)
+    assert kernel is not None
+    x, bias = normal(9, 96).to(dtype), normal(1, 40, seed=3)[0]
+    y = kernel.multiply(x, bias=bias.to(dtype))
+    assert y.dtype == dtype
+    exact = x.double() @ form.decode().double().T + bias.double()
+    assert float((y - exact).norm() / exact.norm()) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
 TABLES: dict[str, Encoded] = {
     "3 bits": integer(11, 70, 3, 16),
     "float zeros": integer(11, 70, 4, 32, float_zero=True),

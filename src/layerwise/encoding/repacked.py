@@ -3,10 +3,10 @@
 Integers of 2 to 8 bits (symmetric, with whole and with float zeros), codebooks and ternary planes, with fp16 and 8-bit
 scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
 A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
-which is summed over the other way, is kept dense: it has ``rank`` values for a row. Sparse forms, of a mask and of two
-in four, have kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the
-whole row. Every other form, and every form where the library is absent, multiplies through its reference
-(``Encoded.multiply``).
+which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are both kept as
+float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in four, have
+kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the whole row.
+Every other form, and every form where the library is absent, multiplies through its reference (``Encoded.multiply``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.encoding.codebook import LEVELS, Codebook
+from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.float8 import float8_values
 from layerwise.encoding.grid import FittedGrid
@@ -73,6 +74,18 @@ class LowRankProduct:
         return y if bias is None else y.add_(bias)
 
 
+@dataclass(frozen=True, eq=False)
+class DenseProduct:
+    """``x W^T`` of values kept as float32, ``turned`` [columns, rows]."""
+
+    turned: Tensor
+    table = False
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
+        y = (x.float() @ self.turned).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+
 def _part_product(part: Multiplier | Encoded, x: Tensor, int8: bool) -> Tensor:
     if isinstance(part, Encoded):
         return part.multiply(x)
@@ -87,7 +100,7 @@ def repack(form: Encoded) -> Multiplier | None:
             return None
         return SumProduct(tuple(k or part for k, part in zip(kernels, (form.first, form.second), strict=True)))
     if isinstance(form, LowRank):
-        right = repack(form.right)
+        right = _dense_factor(form.right) if isinstance(form.right, Dense) else repack(form.right)
         return None if right is None else LowRankProduct(right, form.left.decode())
     if isinstance(form, Sparse):
         return sparse_matrix(form)
@@ -106,6 +119,11 @@ def sparse_matrix(form: Sparse) -> SparseMatrix | None:
         return None
     codes = form.codes()
     return SparseMatrix(Kept(form.mask(), codes, fitted.grid.bits, group, fitted.steps(), fitted.floors()))
+
+
+def _dense_factor(form: Dense) -> DenseProduct | None:
+    """A factor of 16 bits, widened; None off the CPU, where the form multiplies itself."""
+    return DenseProduct(form.decode().T.contiguous()) if form.values.device.type == "cpu" else None
 
 
 def packed_matrix(form: Encoded) -> PackedMatrix | None:
