@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -44,7 +45,8 @@ def outcome(
     """Run a worker, or read what it gave before.
 
     job:      what the worker is told; ``out`` is added.
-    more:     versions and sources that decide the outcome besides the job and the worker.
+    more:     versions and sources that decide the outcome besides the job and the worker; ``path``, where there is
+              one, is what its interpreter searches too, and ``prefix`` the command that starts it.
     patience: seconds after which the process is ended and counts as failed; such an outcome is not kept.
     """
     sources = "".join((WORKERS / name).read_text(encoding="utf-8") for name in ("protocol.py", worker))
@@ -59,7 +61,7 @@ def outcome(
     threads = str(job["threads"])
     environ = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
     environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", **({"PYTHONPATH": more["path"]} if "path" in more else {})}
-    command = [str(python), str(WORKERS / worker), str(folder / "job.json")]
+    command = [*shlex.split(more.get("prefix", "")), str(python), str(WORKERS / worker), str(folder / "job.json")]
     before, began = os.times(), time.perf_counter()
     with (folder / "log").open("w", encoding="utf-8") as log:
         try:

@@ -8,8 +8,9 @@ It is given the calibration tokens themselves and returns integer codes, scales 
 (``workers/protocol.py``), and what is evaluated is what they decode to, with one evaluation for everybody. Our uniform
 settings run in the same way. Our plan may use as many bytes for the linears as the peer did, never more.
 
-Times are of the whole process, imports included; on a busy machine, compare "cpu s". What a process gave is kept
-under build/peers, so that an interrupted comparison goes on; ``--fresh`` forgets it.
+Times are of the whole process, imports included; on a busy machine, compare "cpu s", or let short processes go before
+all others with ``--prefix 'chrt -f 10'``. What a process gave is kept under build/peers, so that an interrupted
+comparison goes on; ``--fresh`` forgets it.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tune", metavar="TUNER", help="also the plan after this tuner, such as signround")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration (%(default)s)")
     parser.add_argument("--patience", type=float, default=1800, help="seconds that a process may take (%(default)s)")
+    parser.add_argument("--prefix", default="", metavar="COMMAND", help="starts each process, such as 'chrt -f 10'")
     parser.add_argument("--fresh", action="store_true", help="forget what processes gave before")
     add_output_options(parser)
     given = parser.parse_args(arguments)
@@ -84,6 +86,7 @@ def all_outcomes(given: argparse.Namespace, calibrate: str, evaluation: str) -> 
     job = {
         "network": str(Path(given.network).resolve()), "tokens": str(file), "group": GROUP, "threads": given.threads,
     }  # fmt: skip
+    started = {"weights": fingerprint, **({"prefix": given.prefix} if given.prefix else {})}
     found: dict[tuple[str, int], Outcome] = {}
 
     def said(who: str, bits: int, came: Outcome) -> None:
@@ -97,7 +100,7 @@ def all_outcomes(given: argparse.Namespace, calibrate: str, evaluation: str) -> 
         stuck = ""
         for bits in given.bits:
             mine = {**job, "bits": bits, "more": peer.more}
-            came = Outcome(FOLDER, failed=stuck) if stuck else of_peer(peer, mine, fingerprint, given.patience)
+            came = Outcome(FOLDER, failed=stuck) if stuck else of_peer(peer, mine, started, given.patience)
             said(who, bits, came)
             if came.failed and bits in peer.bits:  # what stopped it will stop it again
                 stuck = stuck or f"not tried, since at {bits} bits it was not measured either"
@@ -106,7 +109,7 @@ def all_outcomes(given: argparse.Namespace, calibrate: str, evaluation: str) -> 
         "sequences": given.sequences, "length": given.length, "seed": given.seed,
     }  # fmt: skip
     path = {"path": str(Path(layerwise.__file__).resolve().parents[1])}
-    decides = {"weights": fingerprint, "source": source_digest(), **path}
+    decides = {**started, "source": source_digest(), **path}
     for technique in given.uniform:
         for bits in given.bits:
             mine = {**job, "bits": bits, "more": {"technique": technique, **text}}
@@ -116,14 +119,14 @@ def all_outcomes(given: argparse.Namespace, calibrate: str, evaluation: str) -> 
     return found
 
 
-def of_peer(peer: Peer, job: Mapping[str, Any], fingerprint: str, patience: float) -> Outcome:
+def of_peer(peer: Peer, job: Mapping[str, Any], decides: Mapping[str, str], patience: float) -> Outcome:
     if job["bits"] not in peer.bits:
         return Outcome(FOLDER, failed=f"it has no {job['bits']}-bit weights")
     try:
         python = environment(peer, FOLDER)
     except RuntimeError as why:
         return Outcome(FOLDER, failed=str(why))
-    decides = {"weights": fingerprint, "pins": " ".join(peer.pins)}
+    decides = {**decides, "pins": " ".join(peer.pins)}
     return outcome(python, peer.worker, job, FOLDER / "results", decides, patience)
 
 
