@@ -5,8 +5,10 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 
 Point = tuple[float, float]  # (bytes or bits a weight, loss)
 
@@ -74,6 +76,22 @@ def picture(title: str, panels: Sequence[tuple[str, Mapping[str, Sequence[Point]
         parts.append(_panel(heading, lines, ours, axis, (low, high), (least, most)))
         parts.append("</g>")
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def save_picture(
+    file: Path,
+    page: Path | None,
+    title: str,
+    panels: Sequence[tuple[str, Mapping[str, Sequence[Point]]]],
+    ours: str,
+    axis: str,
+) -> None:
+    """Write the SVG, and a link to it at the end of a Markdown page."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(picture(title, panels, ours, axis), encoding="utf-8")
+    if page is not None:
+        with page.open("a", encoding="utf-8") as out:
+            out.write(f"\n![{title}]({os.path.relpath(file, page.parent)})\n")
 
 
 def _panel(

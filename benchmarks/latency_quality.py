@@ -37,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compress_quality import encoders_of
-from benchmarks.fronts import front_of, picture
+from benchmarks.fronts import front_of, save_picture
 from benchmarks.quality import with_spearman
 from benchmarks.quantize_search import ALL, Search, canonical, searched
 from benchmarks.runs import add_run_options, run_options, texts
@@ -125,11 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, reason in refused.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
     how = f"{processor()}, {given.threads} thread{'s' if given.threads > 1 else ''}, kernels: {chosen_path() or 'none'}"
-    publish(
-        given,
-        tables_of(rows, list(taken), how),
-        {"benchmark": "latency_quality", "processor": how, "rows": rows, "left out": refused},
-    )
+    found = {"benchmark": "latency_quality", "processor": how, "rows": rows, "left out": refused}
+    publish(given, tables_of(rows, list(taken), how), found)
     if given.picture:
         write_picture(given, rows, list(taken))
     return 0
@@ -141,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def made(search: Search, given: argparse.Namespace, folder: Path, refused: dict[str, str]) -> Iterator[Variant]:
     """Every network, written and loaded again; ``refused`` receives those that this one cannot be."""
     network, run = search.run.prepared.network, search.run
-    yield Variant(DENSE, "dense", loaded(network.checkpoint.directory), network.checkpoint.safetensors_bytes)
+    checkpoint = network.checkpoint
+    yield Variant(DENSE, "dense", load(checkpoint.directory, torch.float32), checkpoint.safetensors_bytes)
     for bits, plan in zip(given.bits, planned(search, given.bits, refused), strict=True):
         if plan is not None:
             found = written(rebuilt(search.written(plan), plan), folder / f"{bits:g}bpw")
@@ -214,11 +212,7 @@ def written(result: Rebuilt, folder: Path) -> tuple[nn.Module, int]:
     """(the network as a user would load it, bytes of its file)."""
     folder.mkdir()
     size = write_network(result, folder)
-    return loaded(folder), size
-
-
-def loaded(folder: Path) -> nn.Module:
-    return load(folder, dtype=torch.float32)
+    return load(folder, dtype=torch.float32), size
 
 
 # ---------------------------------------------------------------- quality and time
@@ -228,7 +222,8 @@ def loaded(folder: Path) -> nn.Module:
 def measured(search: Search, variants: Sequence[Variant], seed: int) -> dict[str, dict[str, float]]:
     """Variant -> metrics on the held-out text, of the modules that are timed."""
     prepared = search.run.prepared
-    loss, sums, extra = prepared.loss, {v.name: Sums() for v in variants}, arguments_of(search)
+    loss, sums = prepared.loss, {v.name: Sums() for v in variants}
+    extra = {"use_cache": False} if loss.causal else {}
     width = output_width(prepared.network)
     parts = [b.rows(*span) for b in prepared.evaluation.batches for span in rows_at_once(b, width)]
     with search.run.watch.stage("measure losses", len(parts)) as advance:
@@ -241,10 +236,6 @@ def measured(search: Search, variants: Sequence[Variant], seed: int) -> dict[str
                 sums[variant.name].add(loss, part, dense, target)
             advance()
     return {name: with_spearman(search.run, found.measured(loss), seed) for name, found in sums.items()}
-
-
-def arguments_of(search: Search) -> dict[str, Any]:
-    return {"use_cache": False} if search.run.prepared.loss.causal else {}
 
 
 @torch.inference_mode()
@@ -362,9 +353,7 @@ def tables_of(rows: Sequence[Mapping[str, Any]], titles: Sequence[str], how: str
         for title in titles:
             cells[f"{title}, ms"] = f"{row['ms'][title]:.3g} ± {row['spread'][title]:.2g}"
             cells[f"{title}, × dense"] = f"{row['ms'][title] / dense['ms'][title]:.2f}"
-        for metric, value in row["metrics"].items():
-            if metric != "agreement":
-                cells[metric] = f"{value:.4g}"
+        cells |= {metric: f"{value:.4g}" for metric, value in row["metrics"].items() if metric != "agreement"}
         cells["on the front of"] = ", ".join(t for t in titles if row["front"][t]) or "–"
         shown.append(cells)
     found = [Table.of(f"{name}: latency and {loss}; {how}", shown)]
@@ -402,12 +391,7 @@ def write_picture(given: argparse.Namespace, rows: Sequence[Mapping[str, Any]], 
         }
         panels.append((title, {family: front_of(of) for family, of in points.items()}))
     title = f"{dense['network']}: {dense['loss name']} over time, dense = 1; the front of each family"
-    given.picture.parent.mkdir(parents=True, exist_ok=True)
-    given.picture.write_text(picture(title, panels, "", "time, dense = 1"), encoding="utf-8")
-    if given.markdown:
-        link = os.path.relpath(given.picture, given.markdown.parent)
-        with given.markdown.open("a", encoding="utf-8") as page:
-            page.write(f"\n![{title}]({link})\n")
+    save_picture(given.picture, given.markdown, title, panels, "", "time, dense = 1")
 
 
 if __name__ == "__main__":
