@@ -1,10 +1,10 @@
 """How fast packed networks run here, beside other engines: writes ``docs/performance.md``.
 
-    python benchmarks/performance.py [--rounds 5] [--batches 1,8,32,128] [--threads 2] [--gguf FILE] [--out FILE]
+    python benchmarks/performance.py [--rounds 5] [--batches 1,8,32,128] [--threads 2] [--out FILE]
 
 Products first (``layerwise bench kernels``), then whole networks of random weights, which are as fast as trained ones:
 an encoder of the size of all-MiniLM-L6-v2 and a LLaMA of 110 million weights. Every engine is an optional import; one
-that is not installed is a row that says so. ``--gguf`` is a file of a network of that size for llama.cpp.
+that is not installed is a row that says so. llama.cpp is given the LLaMA as ``layerwise export --to gguf`` writes it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import copy
 import datetime
 import importlib.util
 import platform
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -198,27 +201,30 @@ def _openvino_encoder(network: nn.Module, ids: Tensor) -> Callable[[], object] |
 # ---------------------------------------------------------------- a decoder
 
 
-def decoder_speed(rounds: int, gguf: str, paused: Callable[[], None]) -> Timed:
-    """New tokens a second of a LLaMA of 110 million weights, one sequence, greedy, with a key-value cache."""
+def llama() -> Any:
+    """A LLaMA of 110 million random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def fresh() -> Any:
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
-        config = LlamaConfig(**sizes, vocab_size=VOCABULARY, tie_word_embeddings=True, eos_token_id=None)
-        return LlamaForCausalLM(config).eval()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048}
+    config = LlamaConfig(**sizes, vocab_size=VOCABULARY, tie_word_embeddings=True, eos_token_id=None)
+    return LlamaForCausalLM(config).eval()
 
+
+def decoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
+    """New tokens a second of ``llama()``, one sequence, greedy, with a key-value cache."""
     prompt = torch.randint(3, VOCABULARY, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     networks = {
-        "transformers, float32": fresh(),
-        "transformers, bfloat16": fresh().bfloat16(),
-        "layerwise, 8 bits, int8 activations": packed(fresh(), "rtn:bits=8,group=128", "int8"),
-        "layerwise, 4 bits, int8 activations": packed(fresh(), "rtn:bits=4,group=128", "int8"),
-        "layerwise, 4 bits, float activations": packed(fresh(), "rtn:bits=4,group=128", "exact"),
+        "transformers, float32": llama(),
+        "transformers, bfloat16": llama().bfloat16(),
+        "layerwise, 8 bits, int8 activations": packed(llama(), "rtn:bits=8,group=128", "int8"),
+        "layerwise, 4 bits, int8 activations": packed(llama(), "rtn:bits=4,group=128", "int8"),
+        "layerwise, 4 bits, float activations": packed(llama(), "rtn:bits=4,group=128", "exact"),
     }
     runs: dict[str, Callable[[], object] | str] = {name: _decoding(n, prompt) for name, n in networks.items()}
-    runs["llama.cpp"] = _llama_cpp(gguf, prompt)
-    return _per_second(runs, NEW_TOKENS, rounds, paused)
+    with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
+        runs["llama.cpp, Q4_0"] = _llama_cpp(Path(folder), prompt)
+        return _per_second(runs, NEW_TOKENS, rounds, paused)
 
 
 def _decoding(network: Any, prompt: Tensor) -> Callable[[], object]:
@@ -233,15 +239,33 @@ def _decoding(network: Any, prompt: Tensor) -> Callable[[], object]:
     return run
 
 
-def _llama_cpp(gguf: str, prompt: Tensor) -> Callable[[], object] | str:
-    if importlib.util.find_spec("llama_cpp") is None:
-        return "llama-cpp-python is not installed"
-    if not gguf:
-        return "no --gguf file of this network was given"
+def gguf_of_llama(folder: Path) -> Path:
+    """``llama()`` at 4 bits as llama.cpp reads it, by the commands of a user; the tokenizer is of no account here."""
+    llama().half().save_pretrained(folder / "llama")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / "examples" / "docs-lm" / name, folder / "llama")
+    small, file = folder / "small", folder / "small.gguf"
+    asked = ["--uniform", "rtn:bits=4,group=32,symmetric=true", "--sequences", "20", "--length", "64", "--no-baseline"]
+    for verb in (
+        ["compress", str(folder / "llama"), str(small), *asked],
+        ["export", str(small), str(file), "--to", "gguf", "--reencode"],
+    ):
+        ended = subprocess.run([sys.executable, "-m", "layerwise.cli.main", *verb], capture_output=True, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"layerwise {verb[0]} ended with {ended.returncode}: {ended.stderr[-500:]}")
+    return file
+
+
+def _llama_cpp(folder: Path, prompt: Tensor) -> Callable[[], object] | str:
+    for module, name in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
+        if importlib.util.find_spec(module) is None:
+            return f"{name} is not installed"
     import llama_cpp
 
     threads = torch.get_num_threads()
-    model = llama_cpp.Llama(gguf, n_threads=threads, n_threads_batch=threads, n_ctx=256, verbose=False)
+    model = llama_cpp.Llama(
+        str(gguf_of_llama(folder)), n_threads=threads, n_threads_batch=threads, n_ctx=256, verbose=False
+    )
     first = [token % model.n_vocab() for token in prompt[0].tolist()]
 
     def run() -> object:
@@ -342,23 +366,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", default="1,8,32,128")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gguf", default="", help="a network of 110 million weights for llama.cpp")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "performance.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batches = tuple(int(batch) for batch in options.batches.split(","))
-    write(options.out, options.rounds, batches, options.gguf)
+    write(options.out, options.rounds, batches)
     print(f"wrote {options.out}")
 
 
-def write(
-    out: Path, rounds: int, batches: tuple[int, ...], gguf: str, paused: Callable[[], None] = lambda: None
-) -> None:
+def write(out: Path, rounds: int, batches: tuple[int, ...], paused: Callable[[], None] = lambda: None) -> None:
     """Measure everything and write the page. ``paused`` is called between what is timed."""
     report = measure(batches=batches, rounds=rounds, shown=lambda text: print(text, flush=True))
     networks = {
         f"An encoder of MiniLM's size, {SENTENCES} sentences of {WORDS} tokens": encoder_speed(rounds, paused),
-        "A LLaMA of 110 million weights, one sequence": decoder_speed(rounds, gguf, paused),
+        "A LLaMA of 110 million weights, one sequence": decoder_speed(rounds, paused),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page(report, networks), encoding="utf-8")
