@@ -11,7 +11,7 @@ import contextlib
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class ModuleNetwork(Network):
         return {n: (tensors[n].dtype, tuple(tensors[n].shape)) for n in self.module.state_dict() if n not in parameters}
 
     def again(self) -> Network:
-        return ModuleNetwork(**{**self.__dict__, "module": copy.deepcopy(self.module)})
+        return replace(self, module=copy.deepcopy(self.module))
 
 
 def open_module(module: nn.Module, batches: Any, dtype: str = "auto") -> ModuleNetwork:
