@@ -64,7 +64,7 @@ $(DEMO)/minilm/model.safetensors: examples/make_minilm.py $(VENV)/.minilm
 # ---------------------------------------------------------------- what one comes for
 
 demo: $(DEMO)/minilm/model.safetensors  ## compress MiniLM and a small language model, say where the reports are
-	$(BIN)/layerwise compress $(DEMO)/minilm $(DEMO)/minilm-4.5bpw --budget 4.5bpw --sequences 64 \
+	$(BIN)/layerwise compress $(DEMO)/minilm $(DEMO)/minilm-4.5bpw --budget 4.5bpw --sequences 64 --length 128 \
 	  --evaluate examples/docs_heldout.txt --force
 	$(BIN)/layerwise compress examples/docs-lm $(DEMO)/docs-lm-4bpw --budget 4bpw \
 	  --calibrate examples/docs_calibrate.txt --evaluate examples/docs_heldout.txt --force
