@@ -28,7 +28,7 @@ from torch import Tensor
 
 from layerwise.acts.kept import Candidates, Fetches, Stored, fetches, statistics_file
 from layerwise.acts.rewriting import chain_of, kept_values
-from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
+from layerwise.calibrate.forward import boundaries, forward_to, learn_output_shape
 from layerwise.calibrate.kept import load_statistics
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import Observer, observing
@@ -139,7 +139,7 @@ class _Run:
 
     def encode(self, index: int, unit: str) -> dict[str, Any]:
         """Encode a unit's sites on what arrives at them; returns the journal's entry: site -> spec."""
-        self.arrive(index)
+        forward_to(self.streamer, index, self.batches, self.hidden)
         sites = [s for s in self.network.tree.of_block(None if unit == TAIL else unit) if self.is_encoded_again(s)]
         if not sites:
             return {}
@@ -193,17 +193,6 @@ class _Run:
         return {} if label is None else kept_values(self.candidates.folder, unit, label, "weight")
 
     # ------------------------------------------------------------ hidden states
-
-    def arrive(self, index: int) -> None:
-        """Make sure that the hidden states in front of block ``index`` are there, behind what is stored before it."""
-        if self.hidden[index].complete:
-            return
-        if index == 0:
-            enter_network(self.streamer, self.batches, self.hidden[0])
-            return
-        self.arrive(index - 1)
-        forward_block(self.streamer, index - 1, self.batches, self.hidden[index - 1], self.hidden[index])
-        self.hidden[index - 1].remove()
 
     @torch.inference_mode()
     def block_arrivals(self, index: int, sites: Sequence[Site], weights: Mapping[str, Tensor]) -> dict[str, Arrival]:

@@ -23,7 +23,7 @@ from layerwise.acts.kept import Candidates
 from layerwise.acts.network_tuning import UNIT, tune_network
 from layerwise.acts.tuned_forms import TunedForms, parts_of
 from layerwise.calibrate.activations import Boundary
-from layerwise.calibrate.forward import boundaries, enter_network, forward_block, learn_output_shape
+from layerwise.calibrate.forward import boundaries, forward_to, learn_output_shape
 from layerwise.calibrate.passes import Calibration
 from layerwise.engine.progress import Progress
 from layerwise.network.overlay import Overlay
@@ -130,20 +130,5 @@ class _Run:
         """What the tuner wants to go into block ``index``."""
         if not self.tuner.arriving:
             return self.dense[index]
-        self.arrive(index)
+        forward_to(self.streamer, index, self.batches, self.hidden, self.remaining.__contains__)
         return self.hidden[index]
-
-    def arrive(self, index: int) -> None:
-        """Make sure that the hidden states in front of block ``index`` are there, behind what is stored before it."""
-        if self.hidden[index].complete:
-            return
-        if index == 0:
-            enter_network(self.streamer, self.batches, self.hidden[0])
-            return
-        self.arrive(index - 1)
-        before, after = self.hidden[index - 1], self.hidden[index]
-        if index - 1 in self.remaining:
-            forward_block(self.streamer, index - 1, self.batches, before, after)
-        else:
-            after.write(before.read(i) for i in range(len(self.batches)))
-        self.hidden[index - 1].remove()

@@ -60,3 +60,29 @@ def forward_block(
 
     outputs.write(run())
     give_back()
+
+
+def forward_to(
+    streamer: Streamer,
+    index: int,
+    batches: Sequence[Batch],
+    hidden: Sequence[Boundary],
+    runs: Callable[[int], bool] = lambda _: True,
+) -> None:
+    """Make sure that the hidden states in front of block ``index`` are there, from the last that are; these go.
+
+    hidden: the states in front of every block.
+    runs:   whether a block runs; one that does not hands on what it was given.
+    """
+    if hidden[index].complete:
+        return
+    if index == 0:
+        enter_network(streamer, batches, hidden[0])
+        return
+    forward_to(streamer, index - 1, batches, hidden, runs)
+    before, after = hidden[index - 1], hidden[index]
+    if runs(index - 1):
+        forward_block(streamer, index - 1, batches, before, after)
+    else:
+        after.write(before.read(i) for i in range(len(batches)))
+    before.remove()
