@@ -23,6 +23,7 @@ class Metric:
 
 METRICS = {
     "kl": Metric("KL divergence", "nats per token to the dense network, lower is better", 3, -1),
+    "agreement": Metric("Agreement", "share of choices that are the dense network's, higher is better", 4, 1),
     "perplexity": Metric("Perplexity", "lower is better", 4, -1),
     "distance": Metric("Embedding distance", "mean squared, to the dense network, lower is better", 3, -1),
     "stsb_spearman": Metric("STS-B Spearman", "higher is better", 4, 1),
