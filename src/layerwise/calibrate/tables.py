@@ -71,7 +71,7 @@ def reverse_tables(
                     hidden = enter(batch, 0)[0]
                 directions = gradients.read(i).to(hidden.device)
                 counted = batch.counted
-                texts = torch.arange(counted.sum()) if tokens_alone else counted.nonzero()[:, 0]
+                texts = torch.arange(int(counted.sum())) if tokens_alone else counted.nonzero()[:, 0]
                 for site in tables:
                     index, vectors = looked_up[site.name]
                     table, entries = found[split_of[i]][site.name], index[counted].cpu()
