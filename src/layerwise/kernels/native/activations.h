@@ -131,43 +131,48 @@ void token_digits(const Matrix& m, const float* x, int64_t token, const Activati
   }
 }
 
-// The same for panels: four bytes of this token, then those of the tokens that lie beside it.
+// The same for panels: four bytes of a token, then those of the tokens that lie beside it. Tokens first .. last-1 of one
+// set, block by block, so that what they share stays in the first cache.
 template <int kDigits>
-void token_beside(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
   constexpr int kTogether = side_by_side(kDigits);
   alignas(kLine) int8_t digits[kLongestBlock * kDigits];
-  const int64_t set = token / kTogether, in = token % kTogether;
+  const int64_t set = first / kTogether;
   for (int64_t b = 0; b < m.blocks; ++b) {
     const Block& block = m.block[b];
-    const int64_t at = (set * a.blocks + b) * kTogether;
-    float counts[kDigits];
-    a.steps[at + in] = digits_of<kDigits>(x, block, digits, counts);
-    a.sums[at + in] = whole_sum<kDigits>(counts);
-    for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
-    int8_t* to = a.codes + set * a.stride + block.place * kDigits * kTogether + 4 * in;
-    for (int k = 0; k < block.padded * kDigits; k += 4, to += 4 * kTogether) memcpy(to, digits + k, 4);
+    const int64_t at = (b * a.sets + set) * kTogether;
+    int8_t* all = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether;
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t in = t - set * kTogether;
+      float counts[kDigits];
+      a.steps[at + in] = digits_of<kDigits>(x + t * stride, block, digits, counts);
+      a.sums[at + in] = whole_sum<kDigits>(counts);
+      for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
+      int8_t* to = all + 4 * in;
+      for (int k = 0; k < block.padded * kDigits; k += 4, to += 4 * kTogether) memcpy(to, digits + k, 4);
+    }
   }
 }
 
 template <int kDigits>
-void token_of(const Matrix& m, const float* x, int64_t token, const Activations& a) {
-  if (a.together > 0) return token_beside<kDigits>(m, x, token, a);
-  token_digits<kDigits>(m, x, token, a);
+void tokens_of(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  if (a.together == 0) {
+    for (int64_t t = first; t < last; ++t) token_digits<kDigits>(m, x + t * stride, t, a);
+    return;
+  }
+  for (int64_t t = first; t < last;) {
+    const int64_t next = (t / a.together + 1) * a.together, end = next < last ? next : last;
+    tokens_beside<kDigits>(m, x, stride, t, end, a);
+    t = end;
+  }
 }
 
 void quantize(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  if (a.digits == 1) return tokens_of<1>(m, x, stride, first, last, a);
+  if (a.digits == 2) return tokens_of<2>(m, x, stride, first, last, a);
+  if (a.digits == 3) return tokens_of<3>(m, x, stride, first, last, a);
   for (int64_t t = first; t < last; ++t) {
-    const float* own = x + t * stride;
-    if (a.digits == 0) {
-      auto* to = a.values + t * a.stride;
-      for (int64_t b = 0; b < m.blocks; ++b) spread(own, m.block[b], to + m.block[b].place);
-    } else if (a.digits == 1) {
-      token_of<1>(m, own, t, a);
-    } else if (a.digits == 2) {
-      token_of<2>(m, own, t, a);
-    } else {
-      token_of<3>(m, own, t, a);
-    }
+    for (int64_t b = 0; b < m.blocks; ++b) spread(x + t * stride, m.block[b], a.values + t * a.stride + m.block[b].place);
   }
 }
 

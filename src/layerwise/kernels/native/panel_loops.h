@@ -26,6 +26,15 @@ struct Given {
   const int8_t* x;       // [columns / 4, digits, side by side, 4]
   const int32_t* whole;  // [digits, side by side]
   const float *steps, *sums;
+
+  template <int kDigits>
+  LAYERWISE_INLINE void step_over(int64_t columns, int64_t sets = 1) {
+    constexpr int kTogether = side_by_side(kDigits);
+    x += sets * columns * kDigits * kTogether, whole += sets * kDigits * kTogether;
+    steps += sets * kTogether, sums += sets * kTogether;
+  }
+
+  LAYERWISE_INLINE void next_token() { x += 4, ++whole, ++steps, ++sums; }
 };
 
 template <int kBits>
@@ -103,32 +112,50 @@ struct PanelSums {
   }
 };
 
-// Adds the block's part of kCount tokens to totals [kCount, 32].
+// What is asked of memory while a block is multiplied: a line a round, as far as there are any.
+struct Ahead {
+  const uint8_t *line, *last;
+
+  LAYERWISE_INLINE void ask() {
+    __builtin_prefetch(line, 0, 2);
+    line += line < last ? kLine : 0;
+  }
+};
+
+// Adds the block's part of `sets` sets of tokens to totals [tokens, 32]: of all tokens of a set, or, of a last one that
+// is not full, of kCount. The activations of a block lie side by side, set after set.
 template <int kWidth, int kDigits, int kCount>
-__attribute__((noinline)) void panel_tokens(const Panel& panel, const Given& given, float* totals) {
+__attribute__((noinline)) Ahead panel_sets(const Panel& panel, Given given, float* totals, int64_t sets, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
   using Sums = PanelSums<kWidth, kDigits, kCount>;
-  for (int half = 0; half < 2; half += kHalves) {
-    Sums sums;
-    sums.begin(panel, given, half);
-    const int8_t* x = given.x;
-    const uint8_t* codes = panel.codes + half * kLine;
-    const uint8_t* end = codes + int64_t(panel.columns) * kRows;
-    do {  // a block has columns: a loop that might not run at all would have its sums copied about
-      Simd::Bytes q[kHalves];
+  const int64_t bytes = int64_t(panel.columns) * kRows;
+  do {
+    for (int half = 0; half < 2; half += kHalves) {
+      Sums sums;
+      sums.begin(panel, given, half);
+      const int8_t* x = given.x;
+      const uint8_t* codes = panel.codes + half * kLine;
+      const uint8_t* end = codes + bytes;
+      do {  // a block has columns: a loop that might not run at all would have its sums copied about
+        Simd::Bytes q[kHalves];
 #pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
-      sums.add(q, x);
-      codes += 2 * kLine, x += Sums::kChunk;
-    } while (codes != end);
-    sums.finish(panel, given, half, totals);
-  }
+        for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
+        ahead.ask();
+        sums.add(q, x);
+        codes += 2 * kLine, x += Sums::kChunk;
+      } while (codes != end);
+      sums.finish(panel, given, half, totals);
+    }
+    given.template step_over<kDigits>(panel.columns);
+    totals += Sums::kTogether * kRows;
+  } while (--sets != 0);
+  return ahead;
 }
 
 // The same for a block's first tokens: between their products, which leave the other units of the processor idle, its
 // codes are decoded, and kept for the other tokens.
 template <int kBits, int kWidth, int kDigits>
-__attribute__((noinline)) void first_tokens(Panel& panel, const Given& given, float* totals) {
+__attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, float* totals, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
   using U = Unit<kBits>;
   using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits)>;
@@ -147,6 +174,7 @@ __attribute__((noinline)) void first_tokens(Panel& panel, const Given& given, fl
         if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
         Simd::keep(wide, q[0]);
         if constexpr (kHalves > 1) Simd::keep(wide + kLine, q[1]);
+        ahead.ask();
         sums.add(q, x);
         wide += 2 * kLine, x += Sums::kChunk;
       });
@@ -154,17 +182,18 @@ __attribute__((noinline)) void first_tokens(Panel& panel, const Given& given, fl
     } while (codes != end);
     sums.finish(panel, given, half, totals);
   }
+  return ahead;
 }
 
 template <int kDigits>
 LAYERWISE_INLINE Given given_of(const Matrix& m, const Activations& a, int64_t block, int64_t token) {
   constexpr int kTogether = side_by_side(kDigits);
-  const int64_t set = token / kTogether, in = token % kTogether, at = (set * a.blocks + block) * kTogether;
-  const int8_t* x = a.codes + set * a.stride + m.block[block].place * kDigits * kTogether + 4 * in;
-  return {x, a.whole + at * kDigits + in, a.steps + at + in, a.sums + at + in};
+  const int64_t set = token / kTogether, at = (block * a.sets + set) * kTogether;
+  const int64_t place = m.block[block].place * a.sets + m.block[block].padded * set;
+  return {a.codes + place * kDigits * kTogether, a.whole + at * kDigits, a.steps + at, a.sums + at};
 }
 
-constexpr int kPanelTokens = 96;  // whose totals lie in the first cache, beside a panel
+constexpr int kPanelTokens = 144;  // whose totals lie in the first cache, beside a panel
 
 template <int kBits, int kDigits>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
@@ -179,40 +208,41 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
   const int64_t each_round = (a.tokens + rounds * kTogether - 1) / (rounds * kTogether) * kTogether;
   for (int64_t first = 0; first < a.tokens; first += each_round) {
     const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
-    const int64_t sets = (last - first + kTogether - 1) / kTogether;
-    memset(totals, 0, size_t(sets * kTogether) * kRows * sizeof(float));
+    memset(totals, 0, size_t((last - first + kTogether - 1) / kTogether * kTogether) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
       prepare_panel<kBits>(m, base, b, panel);
-      // The codes of the next block and their scales are asked for meanwhile, behind the last the rows of the results.
-      const int64_t bytes = int64_t(panel.columns) * kRows * kBits / 8, lines = bytes / kLine + 3;
-      const uint8_t* ahead = panel.stored + bytes;
-      const int64_t lines_each = (lines + sets - 1) / sets;
-      for (int64_t t = first; t < last;) {
-        float* own = totals + (t - first) * kRows;
-        const Given given = given_of<kDigits>(m, a, b % m.blocks, t);
-        const int64_t left = last - t;
-        if (b + 1 == all) {
-          for (int64_t u = t; u < last && u < t + kTogether; ++u) {
-            __builtin_prefetch(out.y + u * out.stride + tile * kRows, 1, 3);
-            __builtin_prefetch(out.y + u * out.stride + tile * kRows + kHalf, 1, 3);
-          }
-        }
-        for (int64_t line = 0; line < lines_each; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-        // A set that is not full is multiplied as if it were, where that is quicker than token by token.
-        if (kBits < 8 && t == first) {
-          first_tokens<kBits, kWidth, kDigits>(panel, given, own);
-          t += kTogether;
-        } else if (kTogether > 4 ? left > 4 : left > 1) {
-          panel_tokens<kWidth, kDigits, kTogether>(panel, given, own);
-          t += kTogether;
-        } else if (kTogether > 4 && left > 2) {
-          panel_tokens<kWidth, kDigits, kTogether < 4 ? kTogether : 4>(panel, given, own);
-          t += 4;
-        } else {
-          panel_tokens<kWidth, kDigits, 1>(panel, given, own);
-          t += 1;
+      // The codes of the next block and their scales, behind the last the rows of the results.
+      const uint8_t* behind = panel.stored + int64_t(panel.columns) * kRows * kBits / 8;
+      Ahead ahead = {behind, behind + (behind - panel.stored) + 2 * kLine};
+      if (b + 1 == all) {
+        for (int64_t t = first; t < last; ++t) {
+          __builtin_prefetch(out.y + t * out.stride + tile * kRows, 1, 3);
+          __builtin_prefetch(out.y + t * out.stride + tile * kRows + kHalf, 1, 3);
         }
       }
+      Given given = given_of<kDigits>(m, a, b % m.blocks, first);
+      float* own = totals;
+      int64_t left = last - first;
+      const auto done = [&](int64_t tokens) __attribute__((always_inline)) {
+        left -= tokens, own += tokens * kRows;
+      };
+      if (kBits < 8) {
+        ahead = first_tokens<kBits, kWidth, kDigits>(panel, given, own, ahead);
+        given.template step_over<kDigits>(panel.columns), done(kTogether);
+      }
+      if (const int64_t sets = left > 0 ? left / kTogether : 0) {
+        ahead = panel_sets<kWidth, kDigits, kTogether>(panel, given, own, sets, ahead);
+        given.template step_over<kDigits>(panel.columns, sets), done(sets * kTogether);
+      }
+      // A set that is not full is multiplied as if it were, where that is quicker than token by token.
+      if (kTogether > 4 ? left > 4 : left > 1) {
+        panel_sets<kWidth, kDigits, kTogether>(panel, given, own, 1, ahead);
+        left = 0;
+      } else if (kTogether > 4 && left > 2) {
+        panel_sets<kWidth, kDigits, kTogether < 4 ? kTogether : 4>(panel, given, own, 1, ahead);
+        left = 0;
+      }
+      for (; left > 0; given.next_token(), done(1)) panel_sets<kWidth, kDigits, 1>(panel, given, own, 1, ahead);
     }
     for (int64_t t = first; t < last; ++t) {
       for (int half = 0; half < 2; ++half) {
