@@ -49,9 +49,7 @@ static inline void one_digit(const float* x, const Block& block, float inverse, 
     sums = Simd::plus(sums, digits);
     Simd::keep_low(to + k, digits);
   }
-  int32_t lanes[kHalf], sum = 0;
-  memcpy(lanes, &sums, sizeof(lanes));
-  for (int lane = 0; lane < kHalf; ++lane) sum += lanes[lane];
+  int32_t sum = Simd::sum(sums);
   for (; k < block.length; ++k) {
     to[k] = int8_t(rounded(from[k] * inverse));
     sum += to[k];
@@ -132,24 +130,35 @@ void token_digits(const Matrix& m, const float* x, int64_t token, const Activati
 }
 
 // The same for panels: four bytes of a token, then those of the tokens that lie beside it. Tokens first .. last-1 of one
-// set, block by block, so that what they share stays in the first cache.
+// set, some blocks at a time: few enough for the lines that the tokens share to stay in the first cache, and enough for
+// each token's values to be read in runs. Those of the next token are asked for meanwhile.
 template <int kDigits>
 void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
-  constexpr int kTogether = side_by_side(kDigits);
+  constexpr int kTogether = side_by_side(kDigits), kBand = 8;
+  constexpr int kFloats = kLine / int(sizeof(float));
   alignas(kLine) int8_t digits[kLongestBlock * kDigits];
   const int64_t set = first / kTogether;
-  for (int64_t b = 0; b < m.blocks; ++b) {
-    const Block& block = m.block[b];
-    const int64_t at = (b * a.sets + set) * kTogether;
-    int8_t* all = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether;
+  for (int64_t band = 0; band < m.blocks; band += kBand) {
     for (int64_t t = first; t < last; ++t) {
-      const int64_t in = t - set * kTogether;
-      float counts[kDigits];
-      a.steps[at + in] = digits_of<kDigits>(x + t * stride, block, digits, counts);
-      a.sums[at + in] = whole_sum<kDigits>(counts);
-      for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
-      int8_t* to = all + 4 * in;
-      for (int k = 0; k < block.padded * kDigits; k += 4, to += 4 * kTogether) memcpy(to, digits + k, 4);
+      const float *own = x + t * stride, *next = t + 1 < last ? own + stride : own;
+      for (int64_t b = band; b < m.blocks && b < band + kBand; ++b) {
+        const Block& block = m.block[b];
+        for (int k = 0; k < block.length; k += kFloats) __builtin_prefetch(next + block.column + k, 0, 3);
+        const int64_t in = t - set * kTogether, at = (b * a.sets + set) * kTogether;
+        float counts[kDigits];
+        a.steps[at + in] = digits_of<kDigits>(own, block, digits, counts);
+        a.sums[at + in] = whole_sum<kDigits>(counts);
+        for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
+        const int32_t bytes = block.padded * kDigits;
+        int8_t* to = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether + 4 * in;
+#pragma GCC unroll 4
+        for (int32_t k = 0; k < bytes; k += 4, to += 4 * kTogether) {
+          uint32_t four;
+          memcpy(&four, digits + k, 4);
+          if constexpr (Simd::kShifts) four ^= 0x80808080u;  // by 128
+          memcpy(to, &four, 4);
+        }
+      }
     }
   }
 }

@@ -56,6 +56,7 @@ struct Matrix {
   ScaleKind scale_kind;
   ZeroKind zero_kind;   // none: the zero is `centre`
   int32_t table;        // 1: a code is a place in `levels` and has no zero
+  int32_t narrow;       // 1: a code less its whole zero is -128 .. 127, whatever the code
   Block* block;         // [blocks]
   Places* places;       // [planes * blocks]
   uint8_t* data;        // tiles

@@ -3,7 +3,16 @@
 // there too. Of the time of a block of 128 columns, 16 rows and a token, 32 dot products are what must be done; a
 // multiplication of 16 bits, one of floats and a fused one are what its step, its scale and its zero add.
 //
-// Simd gives besides:  kPanelSums (int32 sums at a time), kSplits (whether codes of eight bits cost more than others).
+// Where the instruction takes bytes of which one is signed and the other is not, the codes may be the signed ones: less
+// their zeros, with activations that are shifted by 128 to 0 .. 255. The sums then begin with -128 times the sum of the
+// codes, the same for all tokens, instead of a multiplication for each of them:
+//
+//     sum_k (q_k - z) d_k = sum_k (q_k - z) (d_k + 128) - 128 sum_k (q_k - z)
+//
+// Codes that are too far from their zeros for a byte are taken less something else, and the rest as otherwise.
+//
+// Simd gives besides:  kPanelSums (int32 sums at a time), kSplits (whether codes of eight bits cost more than others),
+// kShifts (whether codes are signed here), and then panel_dot.
 #pragma once
 
 #include "tile_parts.h"
@@ -15,10 +24,12 @@ struct Panel {
   alignas(kLine) float scale[kRows];
   alignas(kLine) float rest[kRows];    // of a zero of 16 bits: what is left of it without the centre
   alignas(kLine) int32_t minus[kRows];  // whole zeros or the centre, negated, in the lower 16 bits of a lane
+  alignas(kLine) int32_t start[kRows];  // where codes are signed: what their sums begin with
+  alignas(kLine) uint8_t offset[2 * kLine];  //   and what is taken from the codes, which is not in `minus`
   const uint8_t* stored;               // the codes as the matrix has them, and as bytes: `wide`, or the same where
   const uint8_t* codes;                //   the matrix has bytes
   int32_t columns;
-  bool has_rest;
+  bool has_rest, has_minus;
 };
 
 // Of tokens that lie side by side, in one block.
@@ -38,17 +49,26 @@ struct Given {
 };
 
 template <int kBits>
+constexpr bool kDecodes = Simd::kShifts || kBits < 8;  // into `wide`
+
+template <int kBits>
 LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_t b, Panel& panel) {
   panel.stored = base + m.places[b].codes;
-  panel.codes = kBits < 8 ? panel.wide : panel.stored;
+  panel.codes = kDecodes<kBits> ? panel.wide : panel.stored;
   panel.columns = m.block[b % m.blocks].padded;
-  panel.has_rest = m.zero_kind == kZeroHalf;
+  panel.has_rest = m.zero_kind == kZeroHalf, panel.has_minus = !Simd::kShifts || !m.narrow;
   const Simd::Floats centre = Simd::same(float(m.centre));
   for (int half = 0; half < 2; ++half) {
     Simd::store(panel.scale + half * kHalf, block_scale(m, base, b, half));
     const Simd::Ints zero = m.zero_kind == kZeroByte ? Simd::bytes(base + m.places[b].zero + half * kHalf)
                                                      : Simd::whole(m.centre);
-    Simd::keep_minus(panel.minus + half * kHalf, zero);
+    if constexpr (Simd::kShifts) {
+      const Simd::Ints offset = m.narrow ? zero : Simd::whole(kBits == 8 ? 128 : 0);
+      Simd::keep(panel.offset + half * kLine, Simd::spread(offset));
+      Simd::keep_minus(panel.minus + half * kHalf, Simd::minus(zero, offset));
+    } else {
+      Simd::keep_minus(panel.minus + half * kHalf, zero);
+    }
     if (panel.has_rest) {
       Simd::store(panel.rest + half * kHalf, Simd::minus(half_zero(m, base, b, half), centre));
     }
@@ -64,15 +84,45 @@ struct PanelSums {
   static constexpr int kChunk = 4 * kDigits * kTogether;  // bytes of activations
   Simd::Ints sum[kCount][kDigits][kHalves];
 
-  // A sum of codes less their zeros begins with minus the zero times the sum of the digits.
+  // A sum of codes less their zeros begins with minus the zero times the sum of the digits, or of signed codes with a
+  // number of the row. What that is the first tokens find out, and add it themselves.
   LAYERWISE_INLINE void begin(const Panel& panel, const Given& given, int half) {
+    if constexpr (Simd::kShifts) {
+      begin_at(Simd::ints(panel.start + half * kHalf), Simd::ints(panel.start + (half + kHalves - 1) * kHalf));
+      if (panel.has_minus) add_minus(panel, given, half);
+    } else {
+      begin_at(Simd::whole(0), Simd::whole(0));
+      add_minus(panel, given, half);
+    }
+  }
+
+  LAYERWISE_INLINE void begin_at(Simd::Ints first, Simd::Ints last) {
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h)
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d) sum[t][d][h] = h == 0 ? first : last;
+  }
+
+  LAYERWISE_INLINE void add_each(Simd::Ints first, Simd::Ints last) {
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h)
+#pragma GCC unroll 32
+      for (int t = 0; t < kCount; ++t)
+#pragma GCC unroll 4
+        for (int d = 0; d < kDigits; ++d) sum[t][d][h] = Simd::plus(sum[t][d][h], h == 0 ? first : last);
+  }
+
+  LAYERWISE_INLINE void add_minus(const Panel& panel, const Given& given, int half) {
 #pragma GCC unroll 2
     for (int h = 0; h < kHalves; ++h) {
       const Simd::Ints minus = Simd::ints(panel.minus + (half + h) * kHalf);
 #pragma GCC unroll 32
       for (int t = 0; t < kCount; ++t)
 #pragma GCC unroll 4
-        for (int d = 0; d < kDigits; ++d) sum[t][d][h] = Simd::times_low(minus, given.whole[d * kTogether + t]);
+        for (int d = 0; d < kDigits; ++d)
+          sum[t][d][h] = Simd::plus(sum[t][d][h], Simd::times_low(minus, given.whole[d * kTogether + t]));
     }
   }
 
@@ -83,7 +133,7 @@ struct PanelSums {
       for (int d = 0; d < kDigits; ++d)
 #pragma GCC unroll 2
         for (int h = 0; h < kHalves; ++h)
-          sum[t][d][h] = Simd::template dot<kWidth>(sum[t][d][h], q[h], x + (d * kTogether + t) * 4);
+          sum[t][d][h] = Simd::template panel_dot<kWidth>(sum[t][d][h], q[h], x + (d * kTogether + t) * 4);
   }
 
   LAYERWISE_INLINE void finish(const Panel& panel, const Given& given, int half, float* totals) {
@@ -161,7 +211,14 @@ __attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, f
   using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits)>;
   for (int half = 0; half < 2; half += kHalves) {
     Sums sums;
-    sums.begin(panel, given, half);
+    Simd::Ints of_codes[kHalves];  // sums
+    if constexpr (Simd::kShifts) {
+      sums.begin_at(Simd::whole(0), Simd::whole(0));
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) of_codes[h] = Simd::whole(0);
+    } else {
+      sums.begin(panel, given, half);
+    }
     const int8_t* x = given.x;
     uint8_t* wide = panel.wide + half * kLine;
     const uint8_t* codes = panel.stored + half * U::bytes;
@@ -172,14 +229,29 @@ __attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, f
         Simd::Bytes q[kHalves];
         q[0] = chunk_codes<kBits, c>(codes);
         if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
-        Simd::keep(wide, q[0]);
-        if constexpr (kHalves > 1) Simd::keep(wide + kLine, q[1]);
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) {
+          if constexpr (Simd::kShifts) {
+            q[h] = Simd::less_bytes(q[h], Simd::load(panel.offset + (half + h) * kLine));
+            of_codes[h] = Simd::shifted_dot(of_codes[h], q[h], Simd::whole(0x01010101));
+          }
+          Simd::keep(wide + h * kLine, q[h]);
+        }
         ahead.ask();
         sums.add(q, x);
         wide += 2 * kLine, x += Sums::kChunk;
       });
       codes += 2 * U::bytes;
     } while (codes != end);
+    if constexpr (Simd::kShifts) {
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        of_codes[h] = Simd::minus(Simd::whole(0), Simd::template left<7>(of_codes[h]));
+        Simd::keep_ints(panel.start + (half + h) * kHalf, of_codes[h]);
+      }
+      sums.add_each(of_codes[0], of_codes[kHalves - 1]);
+      if (panel.has_minus) sums.add_minus(panel, given, half);
+    }
     sums.finish(panel, given, half, totals);
   }
   return ahead;
@@ -194,6 +266,8 @@ LAYERWISE_INLINE Given given_of(const Matrix& m, const Activations& a, int64_t b
 }
 
 constexpr int kPanelTokens = 144;  // whose totals lie in the first cache, beside a panel
+
+constexpr int64_t kWriteAhead = 16;  // tokens: with rows of a power of two their lines share places in the first cache
 
 template <int kBits, int kDigits>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
@@ -211,22 +285,16 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
     memset(totals, 0, size_t((last - first + kTogether - 1) / kTogether * kTogether) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
       prepare_panel<kBits>(m, base, b, panel);
-      // The codes of the next block and their scales, behind the last the rows of the results.
+      // The codes of the next block and their scales.
       const uint8_t* behind = panel.stored + int64_t(panel.columns) * kRows * kBits / 8;
       Ahead ahead = {behind, behind + (behind - panel.stored) + 2 * kLine};
-      if (b + 1 == all) {
-        for (int64_t t = first; t < last; ++t) {
-          __builtin_prefetch(out.y + t * out.stride + tile * kRows, 1, 3);
-          __builtin_prefetch(out.y + t * out.stride + tile * kRows + kHalf, 1, 3);
-        }
-      }
       Given given = given_of<kDigits>(m, a, b % m.blocks, first);
       float* own = totals;
       int64_t left = last - first;
       const auto done = [&](int64_t tokens) __attribute__((always_inline)) {
         left -= tokens, own += tokens * kRows;
       };
-      if (kBits < 8) {
+      if (kDecodes<kBits>) {
         ahead = first_tokens<kBits, kWidth, kDigits>(panel, given, own, ahead);
         given.template step_over<kDigits>(panel.columns), done(kTogether);
       }
@@ -245,6 +313,10 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
       for (; left > 0; given.next_token(), done(1)) panel_sets<kWidth, kDigits, 1>(panel, given, own, 1, ahead);
     }
     for (int64_t t = first; t < last; ++t) {
+      if (t + kWriteAhead < last) {
+        __builtin_prefetch(out.y + (t + kWriteAhead) * out.stride + tile * kRows, 1, 3);
+        __builtin_prefetch(out.y + (t + kWriteAhead) * out.stride + tile * kRows + kHalf, 1, 3);
+      }
       for (int half = 0; half < 2; ++half) {
         if (tile * kRows + half * kHalf >= m.rows) break;
         store_rows(m, tile, half, Simd::floats(totals + (t - first) * kRows + half * kHalf), out, t);
