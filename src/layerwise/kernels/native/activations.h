@@ -145,7 +145,11 @@ void token_digits(const Matrix& m, const float* x, int64_t token, const Activati
     const int64_t at = token * a.blocks + b;
     int8_t* to = a.codes + token * a.stride + m.block[b].place * kDigits;
     a.steps[at] = digits_of<kDigits>(x, m.block[b], digits, a.counts + at * kDigits);
-    interleave<kDigits>(digits, m.block[b].padded, 4, 0, to);
+    if constexpr (kDigits == 1) {
+      memcpy(to, digits.of[0], size_t(m.block[b].padded));
+    } else {
+      interleave<kDigits>(digits, m.block[b].padded, 4, 0, to);
+    }
     a.sums[at] = whole_sum<kDigits>(a.counts + at * kDigits);
   }
 }
