@@ -49,9 +49,7 @@ static inline void one_digit(const float* x, const Block& block, float inverse, 
     sums = Simd::plus(sums, digits);
     Simd::keep_low(to + k, digits);
   }
-  int32_t lanes[kHalf], sum = 0;
-  memcpy(lanes, &sums, sizeof(lanes));
-  for (int lane = 0; lane < kHalf; ++lane) sum += lanes[lane];
+  int32_t sum = Simd::sum(sums);
   for (; k < block.length; ++k) {
     to[k] = int8_t(rounded(from[k] * inverse));
     sum += to[k];
@@ -60,10 +58,16 @@ static inline void one_digit(const float* x, const Block& block, float inverse, 
   *count = float(sum);
 }
 
-// Whole numbers of one block, as digits from -128 to 127, the lowest first.
+// The digits of a block, the lowest first, each for itself.
 template <int kDigits>
-static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, float* counts) {
-  alignas(kLine) int8_t digit[kDigits][kLongestBlock];
+struct Digits {
+  alignas(kLine) int8_t of[kDigits][kLongestBlock];
+};
+
+// Whole numbers of one block, as digits from -128 to 127.
+template <int kDigits>
+static inline void block_digits(const float* x, const Block& block, float inverse, Digits<kDigits>& to, float* counts) {
+  auto& digit = to.of;
   int32_t count[3] = {};
   for (int k = 0; k < block.length; ++k) {
     const float v = x[block.column + k] * inverse;
@@ -85,14 +89,11 @@ static inline void block_digits(const float* x, const Block& block, float invers
     memset(digit[d] + block.length, 0, size_t(block.padded - block.length));
     counts[d] = float(count[d]);
   }
-  for (int k = 0; k < block.padded; k += 4) {
-    for (int d = 0; d < kDigits; ++d) memcpy(to + k * kDigits + 4 * d, digit[d] + k, 4);
-  }
 }
 
-// The digits of one block, the lowest first, and their sums. Returns the step.
+// The digits of one block and their sums. Returns the step.
 template <int kDigits>
-static inline float digits_of(const float* x, const Block& block, int8_t* to, float* counts) {
+static inline float digits_of(const float* x, const Block& block, Digits<kDigits>& to, float* counts) {
   constexpr float kTop = kDigits == 1 ? 127.0f : kDigits == 2 ? 32639.0f : 8355711.0f;  // every digit 127
   const uint32_t bits = largest_of(x + block.column, block.length);
   float largest;
@@ -101,12 +102,14 @@ static inline float digits_of(const float* x, const Block& block, int8_t* to, fl
   // finite, reaches every output of the token.
   const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
   if (!counted) {
-    memset(to, 0, size_t(block.padded) * kDigits);
-    for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
+    for (int d = 0; d < kDigits; ++d) {
+      memset(to.of[d], 0, size_t(block.padded));
+      counts[d] = 0.0f;
+    }
     return finite ? 0.0f : NAN;
   }
   if constexpr (kDigits == 1) {
-    one_digit(x, block, kTop / largest, to, counts);
+    one_digit(x, block, kTop / largest, to.of[0], counts);
   } else {
     block_digits<kDigits>(x, block, kTop / largest, to, counts);
   }
@@ -121,53 +124,83 @@ static inline float whole_sum(const float* counts) {
   return sum;
 }
 
+// Four columns of every digit of a token in turn, `apart` bytes between them.
+template <int kDigits>
+static inline void interleave(const Digits<kDigits>& digits, int32_t columns, int64_t apart, uint32_t flip, int8_t* to) {
+#pragma GCC unroll 4
+  for (int32_t k = 0; k < columns; k += 4) {
+    for (int d = 0; d < kDigits; ++d, to += apart) {
+      uint32_t four;
+      memcpy(&four, digits.of[d] + k, 4);
+      four ^= flip;
+      memcpy(to, &four, 4);
+    }
+  }
+}
+
 template <int kDigits>
 void token_digits(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+  Digits<kDigits> digits;
   for (int64_t b = 0; b < m.blocks; ++b) {
     const int64_t at = token * a.blocks + b;
     int8_t* to = a.codes + token * a.stride + m.block[b].place * kDigits;
-    a.steps[at] = digits_of<kDigits>(x, m.block[b], to, a.counts + at * kDigits);
+    a.steps[at] = digits_of<kDigits>(x, m.block[b], digits, a.counts + at * kDigits);
+    if constexpr (kDigits == 1) {
+      memcpy(to, digits.of[0], size_t(m.block[b].padded));
+    } else {
+      interleave<kDigits>(digits, m.block[b].padded, 4, 0, to);
+    }
     a.sums[at] = whole_sum<kDigits>(a.counts + at * kDigits);
   }
 }
 
-// The same for panels: four bytes of this token, then those of the tokens that lie beside it.
+// The same for panels: four bytes of a token, then those of the tokens that lie beside it. Tokens first .. last-1 of one
+// set, some blocks at a time: few enough for the lines that the tokens share to stay in the first cache, and enough for
+// each token's values to be read in runs. Those of the next token are asked for meanwhile.
 template <int kDigits>
-void token_beside(const Matrix& m, const float* x, int64_t token, const Activations& a) {
-  constexpr int kTogether = side_by_side(kDigits);
-  alignas(kLine) int8_t digits[kLongestBlock * kDigits];
-  const int64_t set = token / kTogether, in = token % kTogether;
-  for (int64_t b = 0; b < m.blocks; ++b) {
-    const Block& block = m.block[b];
-    const int64_t at = (set * a.blocks + b) * kTogether;
-    float counts[kDigits];
-    a.steps[at + in] = digits_of<kDigits>(x, block, digits, counts);
-    a.sums[at + in] = whole_sum<kDigits>(counts);
-    for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
-    int8_t* to = a.codes + set * a.stride + block.place * kDigits * kTogether + 4 * in;
-    for (int k = 0; k < block.padded * kDigits; k += 4, to += 4 * kTogether) memcpy(to, digits + k, 4);
+void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  constexpr int kTogether = side_by_side(kDigits), kBand = 8;
+  constexpr int kFloats = kLine / int(sizeof(float));
+  const uint32_t flip = meets_signed(a) ? 0x80808080u : 0;  // by 128
+  Digits<kDigits> digits;
+  const int64_t set = first / kTogether;
+  for (int64_t band = 0; band < m.blocks; band += kBand) {
+    for (int64_t t = first; t < last; ++t) {
+      const float *own = x + t * stride, *next = t + 1 < last ? own + stride : own;
+      for (int64_t b = band; b < m.blocks && b < band + kBand; ++b) {
+        const Block& block = m.block[b];
+        for (int k = 0; k < block.length; k += kFloats) __builtin_prefetch(next + block.column + k, 0, 3);
+        const int64_t in = t - set * kTogether, at = (b * a.sets + set) * kTogether;
+        float counts[kDigits];
+        a.steps[at + in] = digits_of<kDigits>(own, block, digits, counts);
+        a.sums[at + in] = whole_sum<kDigits>(counts);
+        for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
+        int8_t* to = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether + 4 * in;
+        interleave<kDigits>(digits, block.padded, 4 * kTogether, flip, to);
+      }
+    }
   }
 }
 
 template <int kDigits>
-void token_of(const Matrix& m, const float* x, int64_t token, const Activations& a) {
-  if (a.together > 0) return token_beside<kDigits>(m, x, token, a);
-  token_digits<kDigits>(m, x, token, a);
+void tokens_of(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  if (a.together == 0) {
+    for (int64_t t = first; t < last; ++t) token_digits<kDigits>(m, x + t * stride, t, a);
+    return;
+  }
+  for (int64_t t = first; t < last;) {
+    const int64_t next = (t / a.together + 1) * a.together, end = next < last ? next : last;
+    tokens_beside<kDigits>(m, x, stride, t, end, a);
+    t = end;
+  }
 }
 
 void quantize(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
+  if (a.digits == 1) return tokens_of<1>(m, x, stride, first, last, a);
+  if (a.digits == 2) return tokens_of<2>(m, x, stride, first, last, a);
+  if (a.digits == 3) return tokens_of<3>(m, x, stride, first, last, a);
   for (int64_t t = first; t < last; ++t) {
-    const float* own = x + t * stride;
-    if (a.digits == 0) {
-      auto* to = a.values + t * a.stride;
-      for (int64_t b = 0; b < m.blocks; ++b) spread(own, m.block[b], to + m.block[b].place);
-    } else if (a.digits == 1) {
-      token_of<1>(m, own, t, a);
-    } else if (a.digits == 2) {
-      token_of<2>(m, own, t, a);
-    } else {
-      token_of<3>(m, own, t, a);
-    }
+    for (int64_t b = 0; b < m.blocks; ++b) spread(x + t * stride, m.block[b], a.values + t * a.stride + m.block[b].place);
   }
 }
 

@@ -63,24 +63,41 @@ struct Product {
   const Activations* activations;
   int64_t first, last;
   Output out;
-  int64_t next;  // tile that nobody has taken yet; negative: every thread has its own run of them
 };
 
-// From so many tokens on tiles are taken one by one: a thread that is held up is not waited for.
-constexpr int64_t kShared = 16;
-
+// Every thread has a run of tiles of its own.
 void multiply_part(void* data, int part, int parts) {
-  auto& p = *static_cast<Product*>(data);
-  if (p.next >= 0) {
-    for (;;) {
-      const int64_t tile = __atomic_fetch_add(&p.next, 1, __ATOMIC_RELAXED);
-      if (tile >= p.last) return;
-      p.path->multiply(*p.matrix, *p.activations, tile, tile + 1, p.out);
-    }
-  }
+  const auto& p = *static_cast<Product*>(data);
   const int64_t tiles = p.last - p.first;
   const int64_t first = p.first + tiles * part / parts, last = p.first + tiles * (part + 1) / parts;
   if (first < last) p.path->multiply(*p.matrix, *p.activations, first, last, p.out);
+}
+
+// From so many tokens on tiles are taken one by one, and who is done with its own helps the others: a thread that is held
+// up is not waited for. Its own first, since neighbouring results share pages, and are where they were the last time.
+constexpr int64_t kShared = 16;
+
+struct SharedProduct {
+  static constexpr int kRuns = 64;
+  struct alignas(kLine) Run {
+    int64_t taken;
+  };
+  Product product;
+  Run run[kRuns];
+};
+
+void multiply_shared(void* data, int part, int parts) {
+  auto& s = *static_cast<SharedProduct*>(data);
+  const Product& p = s.product;
+  const int64_t tiles = p.last - p.first, runs = parts < SharedProduct::kRuns ? parts : SharedProduct::kRuns;
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t own = (part + i) % runs, last = p.first + tiles * (own + 1) / runs;
+    for (;;) {
+      const int64_t tile = p.first + tiles * own / runs + __atomic_fetch_add(&s.run[own].taken, 1, __ATOMIC_RELAXED);
+      if (tile >= last) break;
+      p.path->multiply(*p.matrix, *p.activations, tile, tile + 1, p.out);
+    }
+  }
 }
 
 struct Quantization {
@@ -93,7 +110,10 @@ struct Quantization {
 
 void quantize_part(void* data, int part, int parts) {
   const auto& q = *static_cast<Quantization*>(data);
-  const int64_t tokens = q.activations->tokens, first = tokens * part / parts, last = tokens * (part + 1) / parts;
+  // Whole sets: what lies side by side is written by one thread.
+  const int64_t tokens = q.activations->tokens, together = q.activations->together > 0 ? q.activations->together : 1;
+  const int64_t sets = (tokens + together - 1) / together, first = sets * part / parts * together;
+  const int64_t end = sets * (part + 1) / parts * together, last = end < tokens ? end : tokens;
   q.path->quantize(*q.matrix, q.x, q.stride, first, last, *q.activations);
 }
 
@@ -190,7 +210,7 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
                                          int64_t x_stride, float* y, int64_t y_stride, const float* bias,
                                          int32_t digits, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}, tokens < kShared ? -1 : 0};
+  Product p = {path_named(path), &m, nullptr, 0, m.tiles, {y, y_stride, bias}};
   if (p.path == nullptr) return 1;
   if (digits < 1 || digits > 3) return 2;
   if (m.table) digits = 0;
@@ -202,7 +222,13 @@ LAYERWISE_API int32_t layerwise_multiply(const void* handle, const char* path, c
   Quantization q = {p.path, &m, &a, x, x_stride};
   parallel(tokens < 8 ? 1 : useful_threads(int64_t(room.values), tokens, threads), quantize_part, &q);
   p.activations = &a;
-  parallel(useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads), multiply_part, &p);
+  const int parts = useful_threads(int64_t(m.bytes) * tokens, m.tiles, threads);
+  if (tokens < kShared) {
+    parallel(parts, multiply_part, &p);
+  } else {
+    SharedProduct shared = {p, {}};
+    parallel(parts, multiply_shared, &shared);
+  }
   return 0;
 }
 
@@ -238,7 +264,7 @@ LAYERWISE_API int32_t layerwise_sparse(const Sparse* matrix, int64_t size, const
 LAYERWISE_API int32_t layerwise_decode(const void* handle, const char* path, int64_t first, int64_t last, float* y,
                                        int64_t stride, int32_t threads) {
   const Matrix& m = *static_cast<const Matrix*>(handle);
-  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}, -1};
+  Product p = {path_named(path), &m, nullptr, first, last, {y, stride, nullptr}};
   if (p.path == nullptr) return 1;
   if (first < 0 || last > m.tiles || first > last || stride < (last - first) * kRows) return 4;
   parallel(useful_threads(m.tile_bytes * (last - first), last - first, threads), decode_part, &p);

@@ -34,6 +34,7 @@ struct Simd {
   static constexpr int kSums = 4;    // 8 of 16 registers
   static constexpr int kPanelSums = 4;
   static constexpr bool kSplits = true;  // codes of eight bits are cut in two
+  static constexpr bool kShifts = false;
   static constexpr int kSparseTokens = 2;
   static constexpr int kHalves = 1;
 
@@ -109,6 +110,12 @@ struct Simd {
   static inline Floats less(Floats c, Floats a, Floats b) {  // c - a b
     return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
   }
+  static inline int32_t sum(Ints v) {
+    int32_t lanes[8], sum = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_add_epi32(v.low, v.high));
+    for (int32_t lane : lanes) sum += lane;
+    return sum;
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) {
     _mm256_storeu_ps(to, v.low);
@@ -157,6 +164,14 @@ struct Simd {
     }
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones));
   }
+
+  // Of signed codes, which are not here.
+  static Ints shifted_dot(Ints sum, Bytes codes, Ints shifted);
+  static void keep_ints(int32_t* to, Ints v);
+  static Bytes spread(Ints v);
+  static Bytes less_bytes(Bytes a, Bytes b);
+  template <int kShift>
+  static Ints left(Ints v);
 
   template <int kBits>
   static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {

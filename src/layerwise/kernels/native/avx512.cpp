@@ -14,6 +14,7 @@ struct Simd {
   static constexpr int kSums = 24;       // of 32 registers
   static constexpr int kPanelSums = 24;
   static constexpr bool kSplits = false;
+  static constexpr bool kShifts = true;
   static constexpr int kSparseTokens = 8;
   static constexpr int kHalves = 2;
 
@@ -42,6 +43,7 @@ struct Simd {
   static inline void keep_minus(int32_t* to, Ints v) {  // -v in the lower half of every lane, 0 in the upper
     _mm512_store_si512(to, _mm512_and_si512(_mm512_sub_epi32(whole(0), v), whole(0xffff)));
   }
+  static inline void keep_ints(int32_t* to, Ints v) { _mm512_store_si512(to, v); }
   static inline Ints times_low(Ints v, int32_t by) { return _mm512_madd_epi16(v, whole(by)); }  // of 16 bits each
   static inline Ints bits(Floats v) { return _mm512_castps_si512(v); }
   static inline void keep_low(int8_t* to, Ints v) {  // the low byte of every lane
@@ -57,6 +59,7 @@ struct Simd {
   static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Floats less(Floats c, Floats a, Floats b) { return _mm512_fnmadd_ps(a, b, c); }  // c - a b
+  static inline int32_t sum(Ints v) { return _mm512_reduce_add_epi32(v); }
   static inline Floats sum_chains(const Floats* s) { return plus(plus(s[0], s[1]), plus(s[2], s[3])); }
   static inline void store(float* to, Floats v) { _mm512_storeu_ps(to, v); }
 
@@ -86,6 +89,16 @@ struct Simd {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(_mm512_set1_epi32(four)));
     return sum;
   }
+
+  // Signed codes times activations that are shifted to 0 .. 255.
+  static inline Ints shifted_dot(Ints sum, Bytes codes, Ints shifted) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(shifted), "v"(codes));
+    return sum;
+  }
+  static inline Bytes spread(Ints v) { return _mm512_mullo_epi32(v, whole(0x01010101)); }  // a lane's byte to all four
+  static inline Bytes less_bytes(Bytes a, Bytes b) { return _mm512_sub_epi8(a, b); }
+  template <int kShift>
+  static inline Ints left(Ints v) { return _mm512_slli_epi32(v, kShift); }
 
   // Codes of up to four bits are looked up (the permutation reads the low four bits of a lane, so nothing is masked);
   // wider ones are centred as bytes and widened with their sign.

@@ -56,6 +56,7 @@ struct Matrix {
   ScaleKind scale_kind;
   ZeroKind zero_kind;   // none: the zero is `centre`
   int32_t table;        // 1: a code is a place in `levels` and has no zero
+  int32_t narrow;       // 1: a code less its whole zero is -128 .. 127, whatever the code
   Block* block;         // [blocks]
   Places* places;       // [planes * blocks]
   uint8_t* data;        // tiles
@@ -73,17 +74,20 @@ struct Matrix {
 // is then exact in int32, and the results are the same bits on every path.
 //
 // Many tokens are multiplied some at a time, and those lie side by side, in sets: `together` of them where it is not 0.
-// The last set may not be full; what is worked out of the missing ones is dropped.
+// A block of all sets lies together, since a block of the matrix meets them all before the next one does. The last set
+// may not be full; what is worked out of the missing ones is dropped.
 struct Activations {
   int64_t tokens, blocks;
-  int64_t stride;         // floats of `values`, bytes of `codes`, of a token or a set
+  int64_t stride;         // floats of `values`, bytes of `codes`, of a token
+  int64_t sets;           // where tokens lie side by side
   int32_t digits, together;
+  int32_t shifted;  // 1: paths that may take the codes as signed bytes have the digits of tokens side by side plus 128
   float* values;    // [tokens, width]
-  int8_t* codes;    // [tokens, width / 4, digits, 4]         or [sets, width / 4, digits, together, 4]
-  float* steps;     // [tokens, blocks]                       or [sets, blocks, together]
+  int8_t* codes;    // [tokens, width / 4, digits, 4]         or [blocks, sets, padded / 4, digits, together, 4]
+  float* steps;     // [tokens, blocks]                       or [blocks, sets, together]
   float* sums;      // the same, of the values or of the whole numbers
   float* counts;    // [tokens, blocks, digits]  sums of the digits: whole numbers up to 2^15
-  int32_t* whole;   // [sets, blocks, digits, together]  the same sums, instead
+  int32_t* whole;   // [blocks, sets, digits, together]  the same sums, instead
 };
 
 // Where a product goes: `y` is [tokens, ...] with `stride` floats between tokens and the matrix's row 0 at y[0].

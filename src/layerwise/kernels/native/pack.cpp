@@ -179,6 +179,19 @@ void* aligned_memory(size_t bytes) {
   return memory;
 }
 
+// Whether codes less their whole zeros are signed bytes, see layout.h.
+static bool is_narrow(const Stored& s) {
+  int64_t least = s.centre, most = s.centre;
+  if (s.zero_kind == kZeroByte) {
+    least = 255, most = 0;
+    for (int64_t i = 0; i < s.zero_bytes; ++i) {
+      least = s.zero[i] < least ? s.zero[i] : least;
+      most = s.zero[i] > most ? s.zero[i] : most;
+    }
+  }
+  return most <= 128 && (int64_t(1) << s.bits) - 1 - least <= 127;
+}
+
 Matrix* repack(const Stored& s, int threads) {
   if (!sound(s)) return nullptr;
   auto* m = static_cast<Matrix*>(calloc(1, sizeof(Matrix)));
@@ -186,7 +199,7 @@ Matrix* repack(const Stored& s, int threads) {
   m->rows = s.rows, m->columns = s.columns, m->tiles = (s.rows + kRows - 1) / kRows;
   m->bits = int32_t(s.bits), m->planes = int32_t(s.planes), m->centre = int32_t(s.centre);
   m->scale_kind = ScaleKind(s.scale_kind), m->zero_kind = ZeroKind(s.zero_kind);
-  m->table = s.levels != nullptr;
+  m->table = s.levels != nullptr, m->narrow = is_narrow(s);
   for (int code = 0; code < 16; ++code) m->levels[code] = m->table ? s.levels[code] : float(code - m->centre);
   const int64_t blocks = cut_blocks(s, nullptr, &m->width);
   if (blocks > INT_MAX / 4) return release(m), nullptr;

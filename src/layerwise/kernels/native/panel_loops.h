@@ -1,140 +1,61 @@
 // Products of many tokens. The tokens that are multiplied at a time lie side by side (see layout.h), a block of the tile
 // becomes a *panel* of bytes in the first cache while its first tokens are multiplied, and the totals of all tokens stay
 // there too. Of the time of a block of 128 columns, 16 rows and a token, 32 dot products are what must be done; a
-// multiplication of 16 bits, one of floats and a fused one are what its step, its scale and its zero add.
-//
-// Simd gives besides:  kPanelSums (int32 sums at a time), kSplits (whether codes of eight bits cost more than others).
+// multiplication of floats and a fused one are what its step and its scale add, on the same two units of a Zen 4: 94 of
+// 100 dot products are the most, and 93 are reached (a multiplication of 16 bits is added by zeros of 8-bit codes).
 #pragma once
 
-#include "tile_parts.h"
+#include "panel_parts.h"
 
 namespace {
 
-struct Panel {
-  alignas(kLine) uint8_t wide[kLongestBlock * kRows];  // codes as bytes, in units of 8 bits
-  alignas(kLine) float scale[kRows];
-  alignas(kLine) float rest[kRows];    // of a zero of 16 bits: what is left of it without the centre
-  alignas(kLine) int32_t minus[kRows];  // whole zeros or the centre, negated, in the lower 16 bits of a lane
-  const uint8_t* stored;               // the codes as the matrix has them, and as bytes: `wide`, or the same where
-  const uint8_t* codes;                //   the matrix has bytes
-  int32_t columns;
-  bool has_rest;
-};
-
-// Of tokens that lie side by side, in one block.
-struct Given {
-  const int8_t* x;       // [columns / 4, digits, side by side, 4]
-  const int32_t* whole;  // [digits, side by side]
-  const float *steps, *sums;
-};
-
-template <int kBits>
-LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_t b, Panel& panel) {
-  panel.stored = base + m.places[b].codes;
-  panel.codes = kBits < 8 ? panel.wide : panel.stored;
-  panel.columns = m.block[b % m.blocks].padded;
-  panel.has_rest = m.zero_kind == kZeroHalf;
-  const Simd::Floats centre = Simd::same(float(m.centre));
-  for (int half = 0; half < 2; ++half) {
-    Simd::store(panel.scale + half * kHalf, block_scale(m, base, b, half));
-    const Simd::Ints zero = m.zero_kind == kZeroByte ? Simd::bytes(base + m.places[b].zero + half * kHalf)
-                                                     : Simd::whole(m.centre);
-    Simd::keep_minus(panel.minus + half * kHalf, zero);
-    if (panel.has_rest) {
-      Simd::store(panel.rest + half * kHalf, Simd::minus(half_zero(m, base, b, half), centre));
-    }
-  }
-}
-
-// The sums of kCount tokens and one block. Plain loops over plain arrays, in functions that are not inlined: written
-// otherwise, GCC 12 keeps some of the sums in memory and moves the others about in every round (measured: half of the
-// speed). The results are those of `finish`: integers in another order, and the same roundings.
-template <int kWidth, int kDigits, int kCount>
-struct PanelSums {
-  static constexpr int kHalves = Simd::kHalves, kTogether = side_by_side(kDigits);
-  static constexpr int kChunk = 4 * kDigits * kTogether;  // bytes of activations
-  Simd::Ints sum[kCount][kDigits][kHalves];
-
-  // A sum of codes less their zeros begins with minus the zero times the sum of the digits.
-  LAYERWISE_INLINE void begin(const Panel& panel, const Given& given, int half) {
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalves; ++h) {
-      const Simd::Ints minus = Simd::ints(panel.minus + (half + h) * kHalf);
-#pragma GCC unroll 32
-      for (int t = 0; t < kCount; ++t)
-#pragma GCC unroll 4
-        for (int d = 0; d < kDigits; ++d) sum[t][d][h] = Simd::times_low(minus, given.whole[d * kTogether + t]);
-    }
-  }
-
-  LAYERWISE_INLINE void add(const Simd::Bytes* q, const int8_t* x) {
-#pragma GCC unroll 32
-    for (int t = 0; t < kCount; ++t)
-#pragma GCC unroll 4
-      for (int d = 0; d < kDigits; ++d)
-#pragma GCC unroll 2
-        for (int h = 0; h < kHalves; ++h)
-          sum[t][d][h] = Simd::template dot<kWidth>(sum[t][d][h], q[h], x + (d * kTogether + t) * 4);
-  }
-
-  LAYERWISE_INLINE void finish(const Panel& panel, const Given& given, int half, float* totals) {
-    if (panel.has_rest) return finish_as<true>(panel, given, half, totals);
-    finish_as<false>(panel, given, half, totals);
-  }
-
-  template <bool kRest>
-  LAYERWISE_INLINE void finish_as(const Panel& panel, const Given& given, int half, float* totals) {
-#pragma GCC unroll 2
-    for (int h = 0; h < kHalves; ++h) {
-      const int first = (half + h) * kHalf;
-      const Simd::Floats scale = Simd::floats(panel.scale + first);
-#pragma GCC unroll 32
-      for (int t = 0; t < kCount; ++t) {
-        Simd::Floats s = Simd::to_float(sum[t][0][h]);
-        if constexpr (kDigits > 1) s = Simd::fused(Simd::to_float(sum[t][1][h]), Simd::same(256.0f), s);
-        if constexpr (kDigits > 2) s = Simd::fused(Simd::to_float(sum[t][2][h]), Simd::same(65536.0f), s);
-        if constexpr (kRest) {
-          s = Simd::minus(s, Simd::times(Simd::floats(panel.rest + first), Simd::same(given.sums[t])));
-        }
-        float* own = totals + t * kRows + first;
-        Simd::store(own, Simd::fused(Simd::times(scale, Simd::same(given.steps[t])), s, Simd::floats(own)));
-      }
-    }
-  }
-};
-
-// Adds the block's part of kCount tokens to totals [kCount, 32].
-template <int kWidth, int kDigits, int kCount>
-__attribute__((noinline)) void panel_tokens(const Panel& panel, const Given& given, float* totals) {
+// Adds the block's part of `sets` sets of tokens to totals [tokens, 32]: of all tokens of a set, or, of a last one that
+// is not full, of kCount. The activations of a block lie side by side, set after set.
+template <int kWidth, int kDigits, int kCount, bool kSigned>
+__attribute__((noinline)) Ahead panel_sets(const Panel& panel, Given given, float* totals, int64_t sets, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
-  using Sums = PanelSums<kWidth, kDigits, kCount>;
-  for (int half = 0; half < 2; half += kHalves) {
-    Sums sums;
-    sums.begin(panel, given, half);
-    const int8_t* x = given.x;
-    const uint8_t* codes = panel.codes + half * kLine;
-    const uint8_t* end = codes + int64_t(panel.columns) * kRows;
-    do {  // a block has columns: a loop that might not run at all would have its sums copied about
-      Simd::Bytes q[kHalves];
+  using Sums = PanelSums<kWidth, kDigits, kCount, kSigned>;
+  const int64_t bytes = int64_t(panel.columns) * kRows;
+  do {
+    for (int half = 0; half < 2; half += kHalves) {
+      Sums sums;
+      sums.begin(panel, given, half);
+      const int8_t* x = given.x;
+      const uint8_t* codes = panel.codes + half * kLine;
+      const uint8_t* end = codes + bytes;
+      do {  // a block has columns: a loop that might not run at all would have its sums copied about
+        Simd::Bytes q[kHalves];
 #pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
-      sums.add(q, x);
-      codes += 2 * kLine, x += Sums::kChunk;
-    } while (codes != end);
-    sums.finish(panel, given, half, totals);
-  }
+        for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
+        ahead.ask<Simd::kShifts && !kSigned>();
+        sums.add(q, x);
+        codes += 2 * kLine, x += Sums::kChunk;
+      } while (codes != end);
+      sums.finish(panel, given, half, totals);
+    }
+    given.template step_over<kDigits>(panel.columns);
+    totals += Sums::kTogether * kRows;
+  } while (--sets != 0);
+  return ahead;
 }
 
 // The same for a block's first tokens: between their products, which leave the other units of the processor idle, its
 // codes are decoded, and kept for the other tokens.
-template <int kBits, int kWidth, int kDigits>
-__attribute__((noinline)) void first_tokens(Panel& panel, const Given& given, float* totals) {
+template <int kBits, int kWidth, int kDigits, bool kSigned>
+__attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, float* totals, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
   using U = Unit<kBits>;
-  using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits)>;
+  using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits), kSigned>;
   for (int half = 0; half < 2; half += kHalves) {
     Sums sums;
-    sums.begin(panel, given, half);
+    Simd::Ints of_codes[kHalves];  // sums
+    if constexpr (kSigned) {
+      sums.begin_at(Simd::whole(0), Simd::whole(0));
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) of_codes[h] = Simd::whole(0);
+    } else {
+      sums.begin(panel, given, half);
+    }
     const int8_t* x = given.x;
     uint8_t* wide = panel.wide + half * kLine;
     const uint8_t* codes = panel.stored + half * U::bytes;
@@ -145,28 +66,47 @@ __attribute__((noinline)) void first_tokens(Panel& panel, const Given& given, fl
         Simd::Bytes q[kHalves];
         q[0] = chunk_codes<kBits, c>(codes);
         if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
-        Simd::keep(wide, q[0]);
-        if constexpr (kHalves > 1) Simd::keep(wide + kLine, q[1]);
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) {
+          if constexpr (kSigned) {
+            q[h] = Simd::less_bytes(q[h], Simd::load(panel.offset + (half + h) * kLine));
+            of_codes[h] = Simd::shifted_dot(of_codes[h], q[h], Simd::whole(0x01010101));
+          }
+          Simd::keep(wide + h * kLine, q[h]);
+        }
+        ahead.ask<Simd::kShifts && !kSigned>();
         sums.add(q, x);
         wide += 2 * kLine, x += Sums::kChunk;
       });
       codes += 2 * U::bytes;
     } while (codes != end);
+    if constexpr (kSigned) {
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        of_codes[h] = Simd::minus(Simd::whole(0), Simd::template left<7>(of_codes[h]));
+        Simd::keep_ints(panel.start + (half + h) * kHalf, of_codes[h]);
+      }
+      sums.add_each(of_codes[0], of_codes[kHalves - 1]);
+      if (panel.has_minus) sums.add_minus(panel, given, half);
+    }
     sums.finish(panel, given, half, totals);
   }
+  return ahead;
 }
 
 template <int kDigits>
 LAYERWISE_INLINE Given given_of(const Matrix& m, const Activations& a, int64_t block, int64_t token) {
   constexpr int kTogether = side_by_side(kDigits);
-  const int64_t set = token / kTogether, in = token % kTogether, at = (set * a.blocks + block) * kTogether;
-  const int8_t* x = a.codes + set * a.stride + m.block[block].place * kDigits * kTogether + 4 * in;
-  return {x, a.whole + at * kDigits + in, a.steps + at + in, a.sums + at + in};
+  const int64_t set = token / kTogether, at = (block * a.sets + set) * kTogether;
+  const int64_t place = m.block[block].place * a.sets + m.block[block].padded * set;
+  return {a.codes + place * kDigits * kTogether, a.whole + at * kDigits, a.steps + at, a.sums + at};
 }
 
-constexpr int kPanelTokens = 96;  // whose totals lie in the first cache, beside a panel
+constexpr int kPanelTokens = 144;  // whose totals lie in the first cache, beside a panel
 
-template <int kBits, int kDigits>
+constexpr int64_t kWriteAhead = 16;  // tokens: with rows of a power of two their lines share places in the first cache
+
+template <int kBits, int kDigits, bool kSigned>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
   constexpr int kTogether = side_by_side(kDigits), kFit = kPanelTokens / kTogether * kTogether;
   constexpr int kWidth = Simd::kSplits && kBits < 8 ? 7 : 8;  // of a code, to the dot product
@@ -179,42 +119,41 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
   const int64_t each_round = (a.tokens + rounds * kTogether - 1) / (rounds * kTogether) * kTogether;
   for (int64_t first = 0; first < a.tokens; first += each_round) {
     const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
-    const int64_t sets = (last - first + kTogether - 1) / kTogether;
-    memset(totals, 0, size_t(sets * kTogether) * kRows * sizeof(float));
+    memset(totals, 0, size_t((last - first + kTogether - 1) / kTogether * kTogether) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
-      prepare_panel<kBits>(m, base, b, panel);
-      // The codes of the next block and their scales are asked for meanwhile, behind the last the rows of the results.
-      const int64_t bytes = int64_t(panel.columns) * kRows * kBits / 8, lines = bytes / kLine + 3;
-      const uint8_t* ahead = panel.stored + bytes;
-      const int64_t lines_each = (lines + sets - 1) / sets;
-      for (int64_t t = first; t < last;) {
-        float* own = totals + (t - first) * kRows;
-        const Given given = given_of<kDigits>(m, a, b % m.blocks, t);
-        const int64_t left = last - t;
-        if (b + 1 == all) {
-          for (int64_t u = t; u < last && u < t + kTogether; ++u) {
-            __builtin_prefetch(out.y + u * out.stride + tile * kRows, 1, 3);
-            __builtin_prefetch(out.y + u * out.stride + tile * kRows + kHalf, 1, 3);
-          }
-        }
-        for (int64_t line = 0; line < lines_each; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);
-        // A set that is not full is multiplied as if it were, where that is quicker than token by token.
-        if (kBits < 8 && t == first) {
-          first_tokens<kBits, kWidth, kDigits>(panel, given, own);
-          t += kTogether;
-        } else if (kTogether > 4 ? left > 4 : left > 1) {
-          panel_tokens<kWidth, kDigits, kTogether>(panel, given, own);
-          t += kTogether;
-        } else if (kTogether > 4 && left > 2) {
-          panel_tokens<kWidth, kDigits, kTogether < 4 ? kTogether : 4>(panel, given, own);
-          t += 4;
-        } else {
-          panel_tokens<kWidth, kDigits, 1>(panel, given, own);
-          t += 1;
-        }
+      prepare_panel<kBits, kSigned>(m, base, b, panel);
+      // The codes of the next block and their scales.
+      const uint8_t* behind = panel.stored + int64_t(panel.columns) * kRows * kBits / 8;
+      Ahead ahead = {behind, behind + (behind - panel.stored) + 2 * kLine};
+      Given given = given_of<kDigits>(m, a, b % m.blocks, first);
+      float* own = totals;
+      int64_t left = last - first;
+      const auto done = [&](int64_t tokens) __attribute__((always_inline)) {
+        left -= tokens, own += tokens * kRows;
+      };
+      if (kDecodes<kBits, kSigned>) {
+        ahead = first_tokens<kBits, kWidth, kDigits, kSigned>(panel, given, own, ahead);
+        given.template step_over<kDigits>(panel.columns), done(kTogether);
       }
+      if (const int64_t sets = left > 0 ? left / kTogether : 0) {
+        ahead = panel_sets<kWidth, kDigits, kTogether, kSigned>(panel, given, own, sets, ahead);
+        given.template step_over<kDigits>(panel.columns, sets), done(sets * kTogether);
+      }
+      // A set that is not full is multiplied as if it were, where that is quicker than token by token.
+      if (kTogether > 4 ? left > 4 : left > 1) {
+        panel_sets<kWidth, kDigits, kTogether, kSigned>(panel, given, own, 1, ahead);
+        left = 0;
+      } else if (kTogether > 4 && left > 2) {
+        panel_sets<kWidth, kDigits, kTogether < 4 ? kTogether : 4, kSigned>(panel, given, own, 1, ahead);
+        left = 0;
+      }
+      for (; left > 0; given.next_token(), done(1)) panel_sets<kWidth, kDigits, 1, kSigned>(panel, given, own, 1, ahead);
     }
     for (int64_t t = first; t < last; ++t) {
+      if (t + kWriteAhead < last) {
+        __builtin_prefetch(out.y + (t + kWriteAhead) * out.stride + tile * kRows, 1, 3);
+        __builtin_prefetch(out.y + (t + kWriteAhead) * out.stride + tile * kRows + kHalf, 1, 3);
+      }
       for (int half = 0; half < 2; ++half) {
         if (tile * kRows + half * kHalf >= m.rows) break;
         store_rows(m, tile, half, Simd::floats(totals + (t - first) * kRows + half * kHalf), out, t);

@@ -22,6 +22,7 @@ struct Simd {
   static constexpr int kSums = 1;
   static constexpr int kPanelSums = 1;
   static constexpr bool kSplits = false;
+  static constexpr bool kShifts = false;
   static constexpr int kSparseTokens = 1;
   static constexpr int kHalves = 1;
 
@@ -83,6 +84,11 @@ struct Simd {
     LAYERWISE_LANES(Floats, fmaf(a.lane[r], b.lane[r], c.lane[r]));
   }
   static inline Floats less(Floats c, Floats a, Floats b) { LAYERWISE_LANES(Floats, c.lane[r] - a.lane[r] * b.lane[r]); }
+  static inline int32_t sum(const Ints& v) {
+    int32_t sum = 0;
+    for (int32_t lane : v.lane) sum += lane;
+    return sum;
+  }
   static inline Floats sum_chains(const Floats* s) { return plus(s[0], s[1]); }
   static inline void store(float* to, Floats v) { memcpy(to, v.lane, 64); }
 #undef LAYERWISE_LANES
@@ -109,6 +115,14 @@ struct Simd {
     }
     return out;
   }
+
+  // Of signed codes, which are not here.
+  static Ints shifted_dot(Ints sum, Bytes codes, Ints shifted);
+  static void keep_ints(int32_t* to, Ints v);
+  static Bytes spread(Ints v);
+  static Bytes less_bytes(Bytes a, Bytes b);
+  template <int kShift>
+  static Ints left(Ints v);
 
   template <int kBits>
   static inline Ints dot(Ints sum, Bytes codes, const int8_t* x) {

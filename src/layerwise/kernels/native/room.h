@@ -35,19 +35,22 @@ constexpr int64_t kFew = 8;  // up to so many tokens, each of them decodes the c
 
 // Where the activations of `tokens` for a product by `path` lie, `digits` of each (0: as floats).
 struct ActivationRoom {
-  int64_t together, stride;
+  int64_t together, sets, stride;
   size_t values, sums, bytes;  // `bytes` in all
 
   ActivationRoom(const Path& path, const Matrix& m, int64_t tokens, int32_t digits) {
     together = digits == 0 || tokens <= kFew ? 0 : path.side_by_side(int(digits));
-    const int64_t beside = together > 0 ? together : 1, sets = (tokens + beside - 1) / beside;
-    stride = token_stride(m.width * (digits == 0 ? 4 : digits) * beside);
-    values = size_t(sets) * size_t(stride), sums = size_t(sets * beside) * size_t(m.blocks);
+    const int64_t beside = together > 0 ? together : 1, wide = m.width * (digits == 0 ? 4 : digits);
+    sets = (tokens + beside - 1) / beside, stride = token_stride(wide);
+    values = together > 0 ? whole_lines(size_t(wide * beside * sets)) : size_t(tokens) * size_t(stride);
+    sums = size_t(sets * beside) * size_t(m.blocks);
     bytes = values + sums * size_t(8 + 4 * digits);
   }
 
   Activations at(uint8_t* memory, const Matrix& m, int64_t tokens, int32_t digits) const {
-    Activations a = {tokens, m.blocks, stride, digits, int32_t(together), nullptr, nullptr, nullptr, nullptr, nullptr,
+    // With few sets the sums of the codes are not worth it, nor where the zeros need multiplications all the same.
+    const int32_t shifted = together > 0 && sets > 3 && m.narrow;
+    Activations a = {tokens, m.blocks, stride, sets, digits, int32_t(together), shifted, nullptr, nullptr, nullptr, nullptr, nullptr,
                      nullptr};
     if (digits == 0) {
       a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;
