@@ -21,8 +21,10 @@ from layerwise.encoding import repacked
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.repacked import described, repack, triton_matrix
 from layerwise.encoding.sums import Sum
+from layerwise.errors import InputError
 from layerwise.kernels import doctor, gpu
 from layerwise.kernels.gpu import FEW_TOKENS, TritonMatrix, run_of, split_of, tile_of
+from layerwise.kernels.gpu_measure import measure_gpu
 from layerwise.network.packed import PackedLinear
 
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -149,6 +151,18 @@ def test_packed_modules_take_it(monkeypatch: pytest.MonkeyPatch):
     if DEVICE == "cpu":
         kernel = repack(both)
         assert kernel is not None and torch.allclose(kernel.multiply(x), x @ both.decode().T, atol=1e-4)
+
+
+@runs
+def test_the_benchmark_makes_a_row_for_each():
+    """What is timed under interpretation says nothing; that the rows are whole does."""
+    rows = measure_gpu(((20, 64),), (1, 6), 2, ("int4", "ternary"), ("fp16", "fp32"), 1500, DEVICE)
+    made = [(row.form, row.activations, row.batch) for row in rows]
+    assert made == [(f, t, b) for f in ("int4", "ternary") for t in ("fp16", "fp32") for b in (1, 6)]
+    assert all(row.microseconds > 0 and row.share > 0 and row.over_dense > 0 for row in rows)
+    assert rows[0].bytes == 20 * 32 + 20 * 2 + 20  # codes, a step and a zero for each row
+    with pytest.raises(InputError, match="too small"):
+        measure_gpu(((1, 4),), (1,), set_bytes=1 << 20, device=DEVICE)
 
 
 @runs
