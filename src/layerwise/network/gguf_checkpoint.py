@@ -166,9 +166,6 @@ def _config(values: dict[str, Any], stored: dict[str, GgufTensor], path: Path) -
 
 def _info(path: Path, tensor: GgufTensor, head: int) -> GgufInfo:
     kind = tensor.kind.name
-    if kind not in READ and kind not in FLOATS:
-        readable = ", ".join((*READ, *FLOATS))
-        raise InputError(f"{path}: tensor {tensor.name} is of type {kind}; layerwise reads {readable}")
     if kind in READ and len(tensor.shape) != 2:
         raise InputError(f"{path}: tensor {tensor.name} is no matrix, but of type {kind}")
     paired = re.search(r"\.attn_[qk]\.", tensor.name) is not None
