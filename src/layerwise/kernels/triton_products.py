@@ -43,7 +43,7 @@ def few_tokens(
         )  # fmt: skip
         inside = (token < tokens)[:, None] & (column < columns)[None, :]
         given = tl.load(x + token[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += given[:, None, :] * weight[None, :, :]
+        total = tl.fma(given[:, None, :], weight[None, :, :], total)
     inside = (token < tokens)[:, None] & (row < rows)[None, :]
     place = (tl.program_id(1) * tokens + token[:, None]).to(tl.int64) * rows + row[None, :]
     tl.store(y + place, tl.sum(total, 2).to(y.dtype.element_ty), mask=inside)
