@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from tests.encoding.test_superblocks import blocks
 
 from layerwise.calibrate.statistics import SiteStatistics
-from layerwise.encoding.encoded import layout_bytes
+from layerwise.encoding.encoded import Encoded, layout_bytes
+from layerwise.encoding.ggml_forms import form_of
+from layerwise.encoding.superblocks import HALVES
 from layerwise.recipe import parse_technique
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,13 +74,22 @@ def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypa
     + ["nupes:bits=3,group=64", "ptq161", "ptq161:share=0"],
 )
 def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor, recipe: str) -> None:
+    encoder: Any = parse_technique(recipe)
+    encoded = encoder.encode(weight, SiteStatistics.uninformed(*weight.shape))
+    assert (as_the_page_reads(encoded) == encoded.decode().numpy()).all()
+
+
+@pytest.mark.parametrize("kind", HALVES)
+def test_the_reader_of_the_format_page_reads_blocks_of_gguf_files(kind: str) -> None:
+    encoded = form_of(kind, blocks(kind), 768)
+    assert (as_the_page_reads(encoded) == encoded.decode().numpy()).all()
+
+
+def as_the_page_reads(encoded: Encoded) -> Any:
     page: dict[str, Any] = {}
     source = next(block for block in python_blocks(ROOT / "docs" / "format.md") if "def decode" in block)
     exec(compile(source, "docs/format.md", "exec"), page)
-    encoder: Any = parse_technique(recipe)
-    encoded = encoder.encode(weight, SiteStatistics.uninformed(*weight.shape))
-    stored = {suffix: tensor.numpy() for suffix, tensor in encoded.tensors().items()}
-    assert (page["decode"](encoded.spec(), stored) == encoded.decode().numpy()).all()
+    return page["decode"](encoded.spec(), {suffix: tensor.numpy() for suffix, tensor in encoded.tensors().items()})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

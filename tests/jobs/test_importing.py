@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tests.conftest import DECODER
 from tests.export.artifacts import artifact
 
 from layerwise.errors import InputError
 from layerwise.export.gguf import export_gguf
 from layerwise.jobs.importing import import_gguf
 from layerwise.network.artifact import open_artifact
-from layerwise.network.gguf_file import read_header, write
+from layerwise.network.gguf_file import GgufTensor, read_header, write
 from layerwise.network.network import open_network
 
 
@@ -85,10 +87,86 @@ def test_what_is_not_a_llama_of_ours_is_refused(source: tuple[Path, Path], tiny_
     with pytest.raises(InputError, match="there is no GGUF file"):
         import_gguf(tmp_path / "absent.gguf", tmp_path / "o")
     values, _ = read_header(source[1])
-    for kind, size, said in (("Q4_K", 288, "of type Q4_K"), ("F32", 2048, "output_norm|model.layers|shape|holds")):
-        layout = {"token_embd.weight": (kind, (2, 256)), "output_norm.weight": ("F32", (64,))}
-        data = {"token_embd.weight": np.zeros(size, np.uint8), "output_norm.weight": np.ones(64, np.float32)}
-        write(tmp_path / "k.gguf", values, layout, lambda name, data=data: [data[name]])
-        with pytest.raises(InputError, match=said):
-            import_gguf(tmp_path / "k.gguf", tmp_path / "o")
+    layout = {"token_embd.weight": ("F32", (2, 256)), "output_norm.weight": ("F32", (64,))}
+    data = {"token_embd.weight": np.zeros(2048, np.uint8), "output_norm.weight": np.ones(64, np.float32)}
+    write(tmp_path / "k.gguf", values, layout, lambda name: [data[name]])
+    with pytest.raises(InputError, match=r"output_norm|model.layers|shape|holds"):
+        import_gguf(tmp_path / "k.gguf", tmp_path / "o")
+    whole = (tmp_path / "k.gguf").read_bytes()
+    at = whole.index(b"token_embd.weight") + len("token_embd.weight") + 4 + 2 * 8
+    (tmp_path / "k.gguf").write_bytes(whole[:at] + bytes([20]) + whole[at + 1 :])
+    with pytest.raises(InputError, match=r"type number 20; layerwise reads .*Q4_K"):
+        import_gguf(tmp_path / "k.gguf", tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def wide_llama(build: Any, causal_tokenizer: Any) -> Path:
+    """A LLaMA of one block whose matrices are all of 256 columns."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sides = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return build(LlamaForCausalLM, LlamaConfig, causal_tokenizer, 21, tie_word_embeddings=True, **DECODER | sides)
+
+
+def test_blocks_of_256_columns_are_kept_byte_for_byte(wide_llama: Path, tmp_path: Path):
+    """Grids of one step for 256 columns go out as K-quants; those come in as blocks, run, and go out again."""
+    from layerwise.network.load import load
+
+    first = artifact(wide_llama, tmp_path / "first", "rtn:bits=4,group=256", "rtn:bits=6,group=256,symmetric=true")
+    export_gguf(first, tmp_path / "x.gguf")
+    kinds = {tensor.kind.name for tensor in read_header(tmp_path / "x.gguf")[1].values()}
+    assert {"Q4_K", "Q6_K"} <= kinds
+    import_gguf(tmp_path / "x.gguf", tmp_path / "kept")
+    stored, original = open_artifact(tmp_path / "kept"), open_artifact(first)
+    assert {spec["form"] for spec in stored.specs.values()} == {"superblock"}
+    for site in stored.sites:
+        assert torch.equal(stored.encoded(site).decode(), original.encoded(site).decode()), site
+    tokens = torch.arange(3, 40)[None]
+    one, two = (load(tmp_path / name, dtype=torch.float32) for name in ("first", "kept"))
+    with torch.inference_mode():
+        assert torch.allclose(one(tokens).logits, two(tokens).logits, atol=1e-4)
+    export_gguf(tmp_path / "kept", tmp_path / "again.gguf")
+    before, after = (read_header(tmp_path / name)[1] for name in ("x.gguf", "again.gguf"))
+    for name, tensor in before.items():
+        assert bytes_of(tmp_path / "x.gguf", tensor) == bytes_of(tmp_path / "again.gguf", after[name]), name
+
+
+def bytes_of(file: Path, tensor: GgufTensor) -> bytes:
+    return file.read_bytes()[tensor.start : tensor.start + tensor.nbytes]
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_K_M", "Q5_K_M", "TQ2_0"])
+def test_files_of_llama_cpps_quantizer_are_kept_and_mean_the_same(kind: str, shared: Path, tmp_path: Path):
+    """llama.cpp quantizes a network of width 256; ours says what llama.cpp says of the file, and gives it back."""
+    import ctypes
+
+    llama_cpp = pytest.importorskip("llama_cpp")
+    from layerwise.network.load import load
+
+    export_gguf(artifact(shared / "models" / "stories5m", tmp_path / "first", "dense"), tmp_path / "f16.gguf")
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype, settings.nthread = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}"), 1
+    file = tmp_path / "x.gguf"
+    done = llama_cpp.llama_model_quantize(
+        str(tmp_path / "f16.gguf").encode(), str(file).encode(), ctypes.byref(settings)
+    )
+    assert done == 0
+    import_gguf(file, tmp_path / "kept")
+    export_gguf(tmp_path / "kept", tmp_path / "again.gguf")
+    before, after = read_header(file)[1], read_header(tmp_path / "again.gguf")[1]
+    packed = [name for name, tensor in before.items() if tensor.kind.columns == 256]
+    assert len(packed) > 30
+    for name in packed:
+        assert before[name].kind == after[name].kind
+        assert bytes_of(file, before[name]) == bytes_of(tmp_path / "again.gguf", after[name]), name
+
+    theirs = llama_cpp.Llama(str(file), n_ctx=64, n_threads=1, verbose=False, logits_all=True)
+    tokens = theirs.tokenize(b"Once upon a time there was a little dog who", add_bos=True, special=False)
+    theirs.eval(tokens)
+    with torch.inference_mode():
+        ours = load(tmp_path / "kept", dtype=torch.float32)(torch.tensor(tokens)[None]).logits[0].log_softmax(1)
+    said = torch.from_numpy(np.array(theirs.scores[: len(tokens)])).log_softmax(1)
+    # llama.cpp rounds the inputs of packed weights to 8 bits
+    assert float((said.exp() * (said - ours)).sum(1).mean()) < 0.02

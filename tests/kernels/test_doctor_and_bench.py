@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from layerwise.cli.main import app
 from layerwise.errors import InputError
 from layerwise.kernels import doctor, library, measure
+from layerwise.kernels.gpu import Gpu
 from layerwise.kernels.library import paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, reference
@@ -45,6 +46,21 @@ def test_doctor_fails_when_a_product_is_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "reference", lambda stored: reference(stored) * 1.1)
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1 and "WRONG" in done.output
+
+
+def test_doctor_says_what_multiplies_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "library", lambda: None)
+    monkeypatch.setattr(doctor, "paths", lambda: ())
+    assert "gpu        none" in CliRunner().invoke(app, ["doctor"]).output or doctor.gpus()
+    monkeypatch.setattr(doctor, "gpus", lambda: (Gpu("A GPU", "triton cannot be imported"),))
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 0
+    assert "A GPU: torch decodes and multiplies, triton cannot be imported" in done.output
+    monkeypatch.setattr(doctor, "gpus", lambda: (Gpu("A GPU", ""),))
+    monkeypatch.setattr(doctor, "triton_version", lambda: "3.9.0")
+    monkeypatch.setattr(doctor, "gpu_self_test", lambda: [doctor.Test("triton, 1", "int4", "exact", 0.5)])
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 1 and "A GPU: packed products by Triton 3.9.0" in done.output and "WRONG" in done.output
 
 
 def test_doctor_says_why_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch):

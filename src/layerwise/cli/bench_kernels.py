@@ -12,17 +12,20 @@ if TYPE_CHECKING:
 
 def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
     """Time the packed products; read by ``layerwise bench kernels``."""
+    from dataclasses import asdict
+
+    from layerwise.kernels.gpu import gpus
+    from layerwise.kernels.gpu_measure import measure_gpu
     from layerwise.kernels.measure import BATCHES, SHAPES, measure
 
     progress = shared.Bar(quiet=json)
-    found = measure(
-        tuple((pair[0], pair[1]) for pair in numbers(shapes, 2)) if shapes else SHAPES,
-        tuple(single[0] for single in numbers(batches, 1)) if batches else BATCHES,
-        rounds,
-        shown=progress.note,
-    )
+    matrices = tuple((pair[0], pair[1]) for pair in numbers(shapes, 2)) if shapes else SHAPES
+    tokens = tuple(single[0] for single in numbers(batches, 1)) if batches else BATCHES
+    found = measure(matrices, tokens, rounds, shown=progress.note)
+    gpu = next(iter(gpus()), None)
+    on_gpu = [] if gpu is None or gpu.decoded else measure_gpu(matrices, tokens, rounds, shown=progress.note)
     if json:
-        shared.print_json(found.as_dict())
+        shared.print_json({**found.as_dict(), "gpu": gpu and gpu.name, "gpu_rows": [asdict(row) for row in on_gpu]})
         return
     cache = "unknown" if found.cache_bytes is None else f"{found.cache_bytes / 2**20:.0f} MiB"
     shared.print_table(
@@ -59,6 +62,21 @@ def bench_kernels(shapes: str, batches: str, rounds: int, json: bool) -> None:
             ],
             numeric=(3, 4, 5),
         )
+
+    if gpu is not None and on_gpu:
+        shared.print_table(
+            f"{gpu.name}, from memory, with what calling from Python costs",
+            ("form", "activations", "matrix", "batch", "median µs", "±", "packed bytes", "of reading", "dense ×"),
+            [
+                (
+                    row.form, row.activations, f"{row.rows} x {row.columns}", str(row.batch),
+                    f"{row.microseconds:.0f}", f"{row.spread:.0f}", f"{row.bytes:,}", f"{row.share:.0%}",
+                    f"{row.over_dense:.2f}",
+                )
+                for row in on_gpu
+            ],
+            numeric=(3, 4, 5, 6, 7, 8),
+        )  # fmt: skip
 
 
 def best(ratios: dict[str, float]) -> str:

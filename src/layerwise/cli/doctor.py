@@ -11,10 +11,12 @@ def doctor(json: shared.Json = False) -> None:
     """Say what the packed products run on here, and test each of them; exit code 1 if one of them is wrong."""
     from dataclasses import asdict
 
-    from layerwise.kernels.doctor import examine, self_test
+    from layerwise.kernels.doctor import examine, gpu_self_test, self_test
 
     machine = examine()
     tests = self_test() if machine.paths else []
+    if any(not gpu.decoded for gpu in machine.gpus):
+        tests += gpu_self_test()
     if json:
         shared.print_json({**asdict(machine), "tests": [{**asdict(t), "passed": t.passed} for t in tests]})
     else:
@@ -27,8 +29,16 @@ def doctor(json: shared.Json = False) -> None:
             print(f"kernels    {', '.join(machine.paths)}; taken: {machine.chosen or 'none, they are turned off'}")
         if machine.read is not None:
             print(f"reading    {machine.read / 1e9:.1f} GB/s")
+        for gpu in machine.gpus:
+            print(f"gpu        {gpu.name}: " + _products(gpu.decoded, machine.triton))
+        if not machine.gpus:
+            print("gpu        none that torch reaches")
         for test in tests:
             verdict = "right" if test.passed else "WRONG"
-            print(f"{verdict}      {test.path:<9} {test.form:<15} {test.activations:<6} off by {test.error:.1e}")
+            print(f"{verdict}      {test.path:<10} {test.form:<15} {test.activations:<6} off by {test.error:.1e}")
     if not all(test.passed for test in tests):
         raise typer.Exit(1)
+
+
+def _products(decoded: str, triton: str) -> str:
+    return f"torch decodes and multiplies, {decoded}" if decoded else f"packed products by Triton {triton}"

@@ -23,6 +23,7 @@ from layerwise.encoding.scattered import Scattered
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.split import Split
 from layerwise.encoding.sums import Sum
+from layerwise.encoding.superblocks import Superblock
 from layerwise.encoding.ternary import Ternary
 from layerwise.errors import InputError, nearest
 
@@ -45,6 +46,7 @@ FORMS: dict[str, type[Encoded]] = {
         Power,
         Kronecker,
         Dictionary,
+        Superblock,
     )
 }
 

@@ -5,6 +5,9 @@ turns the levels around, ``d (q - m) = -d ((2^b - 1 - q) - (2^b - 1 - m))``, whi
 block whose scale is zero gets the smallest step and the code of zero. Q4_1 and Q5_1, ``d q + m``, are a sum: an integer
 grid with zero points of zero, and the offsets ``m`` as a low-rank form, one row an offset for each of 32 columns, whose
 other factor (which columns are whose) is stored in two bits.
+
+Steps of two factors, those of the types of 256 columns, fit no grid of ours: their blocks are a form as they are
+(``superblocks``).
 """
 
 from __future__ import annotations
@@ -21,14 +24,18 @@ from layerwise.encoding.grid import SMALLEST_STEP, FittedGrid, Grid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.lowrank import LowRank
 from layerwise.encoding.sums import Sum
+from layerwise.encoding.superblocks import HALVES, Superblock
 from layerwise.errors import InputError
 
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+READ = (*BITS, *HALVES)  # types that have a form
 RUN = 32
 
 
 def values_of(name: str, packed: Bytes, columns: int) -> Tensor:
     """What blocks stand for: uint8 [rows, row bytes] -> float32 [rows, columns]."""
+    if name in HALVES:
+        return Superblock(torch.from_numpy(packed), columns, name).decode()
     levels, scales, offsets = unpack(name, packed.reshape(-1, TYPES[name].nbytes))
     values = levels.astype(np.float32) * scales.astype(np.float32)[:, None]
     if offsets is not None:
@@ -39,6 +46,8 @@ def values_of(name: str, packed: Bytes, columns: int) -> Tensor:
 def form_of(name: str, packed: Bytes, columns: int) -> Encoded:
     """The form of rows of blocks. Raises ``InputError`` for scales that are no finite numbers, and for those of Q4_1
     and Q5_1 below zero, which no writer of such files makes."""
+    if name in HALVES:
+        return Superblock.of(name, torch.from_numpy(packed), columns)
     rows = packed.shape[0]
     levels, scales, offsets = unpack(name, packed.reshape(-1, TYPES[name].nbytes))
     if not np.isfinite(scales).all() or (offsets is not None and not np.isfinite(offsets).all()):

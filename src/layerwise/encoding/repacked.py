@@ -7,6 +7,9 @@ which is summed over the other way, is kept dense: it has ``rank`` values for a 
 float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in four, have
 kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the whole row.
 Every other form, and every form where the library is absent, multiplies through its reference (``Encoded.multiply``).
+
+On a GPU the forms of codes multiply by Triton's kernels (``kernels/gpu.py``), in groups of any size, and so do the
+parts of sums; all else by its reference there.
 """
 
 from __future__ import annotations
@@ -28,6 +31,8 @@ from layerwise.encoding.scales import width_of
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.encoding.ternary import Ternary
+from layerwise.kernels import gpu
+from layerwise.kernels.gpu import TritonMatrix
 from layerwise.kernels.library import chosen_path
 from layerwise.kernels.matrix import Canonical, PackedMatrix, PackedTable
 from layerwise.kernels.sparse import LANES, Kept, SparseMatrix
@@ -104,7 +109,7 @@ def repack(form: Encoded) -> Multiplier | None:
         return None if right is None else LowRankProduct(right, form.left.decode())
     if isinstance(form, Sparse):
         return sparse_matrix(form)
-    return packed_matrix(form)
+    return triton_matrix(form) or packed_matrix(form)
 
 
 def sparse_matrix(form: Sparse) -> SparseMatrix | None:
@@ -132,6 +137,18 @@ def packed_matrix(form: Encoded) -> PackedMatrix | None:
     return None if stored is None or chosen_path() is None else PackedMatrix(stored)
 
 
+def triton_matrix(form: Encoded) -> TritonMatrix | None:
+    """A form of codes on a GPU, for Triton's kernels; None elsewhere, without Triton, and for every other form."""
+    stored = described(form)
+    if stored is None or stored.codes.device.type != gpu.DEVICE:
+        return None
+    why = gpu.why_decoded(stored.codes.device)
+    if why:
+        gpu.warn_decoded(why)
+        return None
+    return TritonMatrix(stored)
+
+
 def packed_table(form: Encoded) -> PackedTable | None:
     """``form`` as rows to look up; None as for ``packed_matrix``."""
     stored = canonical(form)
@@ -139,7 +156,15 @@ def packed_table(form: Encoded) -> PackedTable | None:
 
 
 def canonical(form: Encoded) -> Canonical | None:
-    """What the kernels need of ``form``, or None where they have no product for it."""
+    """What the compiled kernels need of ``form``, or None where they have no product for it."""
+    stored = described(form)
+    if stored is None or stored.codes.device.type != "cpu":
+        return None
+    return stored if stored.group % LANE == 0 or stored.group >= stored.columns else None
+
+
+def described(form: Encoded) -> Canonical | None:
+    """``form`` as one matrix of codes in the order of its file; None for a form that is none."""
     if isinstance(form, GroupedInteger):
         grid = form.grid
         stored = _of_grid(form.fitted, form.packed, grid.bits)
@@ -156,8 +181,7 @@ def canonical(form: Encoded) -> Canonical | None:
         )  # fmt: skip
     else:
         return None
-    on_cpu = stored.codes.device.type == "cpu"
-    return stored if on_cpu and (stored.group % LANE == 0 or stored.group >= stored.columns) else None
+    return stored
 
 
 def _of_grid(fitted: FittedGrid, packed: torch.Tensor, bits: int) -> Canonical:

@@ -29,6 +29,7 @@ from layerwise.encoding.grid import Grid, fit_grid, round_to_grid
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.encoding.levels import RUN, Levels, half_holds, levels_of
 from layerwise.encoding.sums import Sum
+from layerwise.encoding.superblocks import Superblock
 from layerwise.errors import InputError
 from layerwise.export.gguf_networks import Target, target_of
 from layerwise.export.gguf_tokenizer import tokenizer_values
@@ -124,6 +125,8 @@ def exact_type(form: Encoded) -> str | None:
         return FLOATS[form.values.dtype]
     if isinstance(form, Sum) and offset_type(form):
         return offset_type(form)
+    if isinstance(form, Superblock):
+        return form.kind
     return _first_that_fits(form, INTEGER_TYPES, False) or ("F16" if half_holds(form) else None)
 
 
@@ -236,6 +239,8 @@ def _blocks(form: Encoded, kind: str, order: NDArray[np.int64] | None) -> Iterat
     for start, stop in form.row_chunks():
         if kind not in INTEGER_TYPES:
             part: NDArray[Any] = _floats(form.decode_rows(start, stop), kind)
+        elif isinstance(form, Superblock):
+            part = form.packed[start:stop].numpy()
         elif with_offsets is not None:
             part = with_offsets[start:stop]
         else:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from layerwise.kernels.gpu import DEVICE, Gpu, TritonMatrix, gpus, triton_version
 from layerwise.kernels.library import chosen_path, library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, reference
@@ -45,6 +46,8 @@ class Machine:
     chosen: str | None
     absent: str  # why there is no library
     read: float | None  # bytes a second
+    gpus: tuple[Gpu, ...] = ()
+    triton: str = ""  # its version; empty where it is not installed
 
 
 def examine() -> Machine:
@@ -55,7 +58,8 @@ def examine() -> Machine:
     runs = paths()
     read = read_bandwidth(chosen or runs[0]) if runs else None
     return Machine(
-        processor(), features(), torch.get_num_threads(), pool, runs, chosen, why_absent(), read
+        processor(), features(), torch.get_num_threads(), pool, runs, chosen, why_absent(), read, gpus(),
+        triton_version(),
     )  # fmt: skip
 
 
@@ -77,6 +81,20 @@ def self_test() -> list[Test]:
         for path in paths():
             error = float((sparse.multiply(x, path=path) - exact).norm() / exact.norm())
             found.append(Test(path, form, "exact", error))
+    return found
+
+
+def gpu_self_test(device: str = DEVICE, forms: tuple[str, ...] = tuple(SAMPLES)) -> list[Test]:
+    """Every form of codes by Triton's kernels, from one token, which takes one kernel, and from many."""
+    found = []
+    x = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))
+    for form in forms:
+        stored = SAMPLES[form].draw(37, 300)
+        exact = x.double() @ reference(stored).double().T
+        matrix = TritonMatrix(stored.to(device))
+        for few, path in ((1, "triton, 1"), (40, "triton, 40")):
+            y = matrix.multiply(x[:few].to(device)).cpu()
+            found.append(Test(path, form, "exact", float((y - exact[:few]).norm() / exact[:few].norm())))
     return found
 
 

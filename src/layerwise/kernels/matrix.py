@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class Canonical:
     centre: int = 0
     planes: int = 1
     trits: bool = False
+
+    def to(self, device: torch.device | str) -> Canonical:
+        """The same matrix with its tensors on another device."""
+        names = ("codes", "scale", "factor", "zero", "levels")
+        there = {name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
+        return replace(self, **there)
 
 
 class PackedMatrix:

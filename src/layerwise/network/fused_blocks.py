@@ -182,7 +182,7 @@ def fused_class(cls: type[nn.Module]) -> type[nn.Module]:
             if torch.compiler.is_compiling():
                 if traceable(self, x, mask):
                     y = encoder_block(x, mask, self._number)
-            elif kernel_takes(x):
+            elif x.device.type == "cpu" and kernel_takes(x):
                 y = self._fused.run(self, x, mask)
             if y is not None:
                 return y

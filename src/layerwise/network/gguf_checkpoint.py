@@ -2,7 +2,8 @@
 
 Names, settings and the order of the rows of q and k are translated back; config and tokenizer are written into a folder
 of the user's cache, because transformers reads them from one. The weights stay in the file. Types whose blocks a form
-of ours holds bit for bit are read (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, F16, BF16, F32); others are refused by name.
+of ours holds bit for bit are read (Q4_0 to Q8_0, Q2_K to Q6_K, TQ1_0, TQ2_0, F16, BF16, F32); others are refused by
+name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from layerwise.encoding.encoded import Encoded
-from layerwise.encoding.ggml_forms import BITS, form_of, values_of
+from layerwise.encoding.ggml_forms import READ, form_of, values_of
 from layerwise.errors import InputError
 from layerwise.network.checkpoint import Checkpoint
 from layerwise.network.companions import find_companions
@@ -72,7 +73,7 @@ class GgufInfo(Elsewhere):
 
     def encoded(self) -> Encoded | None:
         """The matrix in a stored form that decodes to the same numbers; None where it is stored as floats."""
-        return form_of(self.kind, self.packed(), self.shape[1]) if self.kind in BITS else None
+        return form_of(self.kind, self.packed(), self.shape[1]) if self.kind in READ else None
 
 
 def paired_rows(rows: int, head: int) -> NDArray[np.int64]:
@@ -165,10 +166,7 @@ def _config(values: dict[str, Any], stored: dict[str, GgufTensor], path: Path) -
 
 def _info(path: Path, tensor: GgufTensor, head: int) -> GgufInfo:
     kind = tensor.kind.name
-    if kind not in BITS and kind not in FLOATS:
-        readable = ", ".join((*BITS, *FLOATS))
-        raise InputError(f"{path}: tensor {tensor.name} is of type {kind}; layerwise reads {readable}")
-    if kind in BITS and len(tensor.shape) != 2:
+    if kind in READ and len(tensor.shape) != 2:
         raise InputError(f"{path}: tensor {tensor.name} is no matrix, but of type {kind}")
     paired = re.search(r"\.attn_[qk]\.", tensor.name) is not None
     if paired and tensor.shape[0] % head:

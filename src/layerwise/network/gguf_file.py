@@ -199,7 +199,9 @@ class _Reader:
         if not 1 <= total <= LARGEST_SIDE:
             raise self.wrong(f"tensor {name!r} has the shape {list(shape)}")
         if number not in BY_NUMBER:
-            raise InputError(f"{self.path}: tensor {name!r} is of ggml type {number}, which layerwise does not read")
+            raise InputError(
+                f"{self.path}: tensor {name!r} is of ggml's type number {number}; layerwise reads {', '.join(TYPES)}"
+            )
         kind = BY_NUMBER[number]
         if shape[-1] % kind.columns:
             raise self.wrong(f"tensor {name!r} has {shape[-1]} columns, which blocks of {kind.columns} do not divide")

@@ -17,6 +17,7 @@ from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
 from layerwise.encoding.repacked import Multiplier, packed_table, repack
 from layerwise.errors import InputError
+from layerwise.kernels.gpu import DEVICE
 from layerwise.kernels.matrix import PackedTable
 from layerwise.network.operators import packed_product, packed_rows, register
 
@@ -61,7 +62,7 @@ class Packed(nn.Module):
         By a compiled kernel where the form has one and nothing but values is wanted; it adds a float32 bias to float32
         activations as it writes, which is the same sum without another pass over it.
         """
-        kernel = self.kernel() if kernel_takes(x) else None
+        kernel = self.kernel() if kernel_takes(x) and x.device == self._device() else None
         if kernel is None:
             y = self.encoded.multiply(x)
             return y if bias is None else y + bias.to(y.dtype)
@@ -108,6 +109,11 @@ class Packed(nn.Module):
         form = self.encoded
         buffers: list[Tensor] = [self._buffers[name] for name in self.stored]  # type: ignore[misc]
         return form, tuple(0 if t.is_inference() else t._version for t in buffers)
+
+    def _device(self) -> torch.device:
+        """Where the stored tensors are."""
+        first: Tensor = self._buffers[next(iter(self.stored))]  # type: ignore[assignment]
+        return first.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -285,9 +291,9 @@ class PackedHead(nn.Module):
 
 
 def kernel_takes(x: Tensor) -> bool:
-    """Whether a compiled kernel may see ``x``: plain values on the CPU, with no gradient to record and no tracing."""
+    """Whether a kernel may see ``x``: plain values on the CPU or a GPU, with no gradient to record and no tracing."""
     return (
-        x.device.type == "cpu"
+        x.device.type in ("cpu", DEVICE)
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and type(x) in (Tensor, nn.Parameter)
         and not (x.requires_grad and torch.is_grad_enabled())

@@ -198,6 +198,8 @@ def find_target(name: str | None) -> Target | None:
 
 def described(spec: Mapping[str, Any]) -> str:
     """A stored form in words: ``3 bits in groups of 64 with zeros and 8-bit scales``."""
+    if spec["form"] == "superblock":
+        return f"ggml's blocks {spec['type']}"
     if spec["form"] != "integer":
         return f"the form {spec['form']}"
     zeros = "real zeros" if spec["float_zero"] else "zeros"
