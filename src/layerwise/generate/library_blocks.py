@@ -56,9 +56,15 @@ class LibraryBlocks:
         self._linears: list[Packed] = []
         self._attention = _attention_of(network)
         self._find()
-        self._watched = Watched([network.blocks[i] for i in self.places] + ([network.norm, network.head]))
         table = getattr(network.head, "table", None)
-        self._watched_table = Watched([table] if isinstance(table, nn.Module) else [])
+        tables = [table] if isinstance(table, nn.Module) else []
+        self._watched = Watched([*network.blocks, network.norm, network.head, *tables])
+
+    def __deepcopy__(self, _: dict[int, Any]) -> None:
+        """A copy of the network finds its own."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def _find(self) -> None:
         network = self.network
@@ -86,7 +92,7 @@ class LibraryBlocks:
 
     def present(self) -> bool:
         """Whether the network is still what it was."""
-        return self._watched.unchanged() and self._watched_table.unchanged()
+        return self._watched.unchanged()
 
     def int8(self) -> bool | None:
         """Whether inputs of products are rounded to int8; None where that is not the same for all."""

@@ -24,9 +24,12 @@ constexpr int64_t kApart = 2;     // up to so many tokens, every thread takes al
 constexpr int64_t kShared = 16;   // from so many on, tiles are taken one by one
 constexpr int64_t kAlone = 256 << 10;  // bytes times tokens below which more threads take longer
 
-// Where threads wait for one another. One that waits long, since another is held up, lets others have the processor.
+// Where threads wait for one another, awake as long as a step between two products may take. Then, or where there are
+// fewer processors than threads, they let others have the processor.
 class Barrier {
  public:
+  explicit Barrier(int threads) : spins_(std::thread::hardware_concurrency() >= unsigned(threads) ? 1000 : 0) {}
+
   void wait(int parts) {
     if (parts <= 1) return;
     const int own = round_.load(std::memory_order_relaxed);
@@ -36,7 +39,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == own; ++spins) {
-      if (spins < 20000) {
+      if (spins < spins_) {
 #if defined(LAYERWISE_X86)
         _mm_pause();
 #endif
@@ -47,6 +50,7 @@ class Barrier {
   }
 
  private:
+  const int spins_;
   alignas(kLine) std::atomic<int> come_{0};
   alignas(kLine) std::atomic<int> round_{0};
 };
@@ -75,9 +79,9 @@ struct Work {
   int64_t* next = nullptr;  // of every product, the tile that nobody has taken yet
   Barrier barrier;
 
-  Work(const Decoder& decoder, const Path& chosen)
+  Work(const Decoder& decoder, const Path& chosen, int threads)
       : d(decoder), path(chosen), rows(rows_of(chosen)), heads(heads_of(chosen)), tokens(decoder.rows * decoder.count),
-        asking(decoder.heads * decoder.dim), offering(decoder.groups * decoder.dim), apart(tokens <= kApart) {
+        asking(decoder.heads * decoder.dim), offering(decoder.groups * decoder.dim), apart(tokens <= kApart), barrier(threads) {
     for (int64_t b = 0; b < d.blocks; ++b) {
       const Matrix* const* m = d.block[b].matrix;
       inner = most(inner, m[kGate]->rows);
@@ -339,7 +343,7 @@ int decode_tokens(const Decoder& d, int threads) {
   static const int64_t from_the_start[1] = {0};
   Decoder given = d;
   if (d.blocks == 0) given.starts = from_the_start, given.count = d.rows * d.count, given.rows = 1;
-  Work work(given, *path);
+  Work work(given, *path, threads);
   work.memory = scratch.at_least(work.bytes(threads));
   if (work.memory == nullptr) return 3;
   work.attended = reinterpret_cast<float*>(work.memory);
