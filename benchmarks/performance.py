@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
+from layerwise.generate.network import causal_network
+from layerwise.generate.wanted import Wanted, silent
 from layerwise.kernels.measure import PeerRow, Report, Row, measure
 from layerwise.network.fused_blocks import use_fused_blocks
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.network.short_attention import use_short_attention
-from layerwise.recipe import parse_recipe
+from layerwise.recipe import parse_generator, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES, WORDS = 16, 32
@@ -221,10 +223,23 @@ def decoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
         "layerwise, 4 bits, int8 activations": packed(llama(), "rtn:bits=4,group=128", "int8"),
         "layerwise, 4 bits, float activations": packed(llama(), "rtn:bits=4,group=128", "exact"),
     }
-    runs: dict[str, Callable[[], object] | str] = {name: _decoding(n, prompt) for name, n in networks.items()}
+    runs: dict[str, Callable[[], object] | str] = {}
+    for name, network in networks.items():
+        if name.startswith("layerwise"):
+            runs[name] = _generating(network, prompt)
+        if not name.startswith("layerwise") or "4 bits" in name:
+            own = name if name not in runs else f"{name}, blocks run by transformers"
+            runs[own] = _decoding(network, prompt)
     with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
         runs["llama.cpp, Q4_0"] = _llama_cpp(Path(folder), prompt)
         return _per_second(runs, NEW_TOKENS, rounds, paused)
+
+
+def _generating(network: Any, prompt: Tensor) -> Callable[[], object]:
+    """``layerwise generate``: the blocks by the compiled library."""
+    speaker, plain = causal_network(network), parse_generator("plain")
+    wanted, tokens = Wanted(NEW_TOKENS, ignore_stop=True), [prompt[0].tolist()]
+    return lambda: plain.generate(speaker, tokens, wanted, silent)
 
 
 def _decoding(network: Any, prompt: Tensor) -> Callable[[], object]:

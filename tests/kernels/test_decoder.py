@@ -1,4 +1,4 @@
-"""Blocks of a decoder by the library: against torch, on every path, for any number of threads and any split of a text."""
+"""Blocks of a decoder by the library: against torch, on every path, for any threads and any split of a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.kernels.decoder import LINEARS, Block, Decoding, Head, PackedDecoder, Shape, takes
 from layerwise.kernels.encoder import Norm
-from layerwise.kernels.library import Decoder, library, paths, why_absent
+from layerwise.kernels.library import library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.samples import Sample
 
@@ -215,12 +215,16 @@ def test_gates_far_out():
         return PackedMatrix(Canonical(32, 32, 8, 32, codes.byte(), torch.ones(32, 1).half(), centre=128))
 
     zero, one = stored(torch.full((32, 32), 128)), stored(torch.eye(32) + 128)
-    sizes = torch.tensor([0.0, 1e-6, 0.5, 3, 20, 86, 88, 200]).repeat_interleave(2) * torch.tensor([1.0, -1.0]).repeat(8)
+    sizes = torch.tensor([0.0, 1e-6, 0.5, 3, 20, 86, 88, 200]).repeat_interleave(2) * torch.tensor([1.0, -1.0]).repeat(
+        8
+    )
     shift = torch.cat([sizes, torch.linspace(-30, 30, 16)])
     norm = Norm(torch.zeros(32), shift, 1e-5)
     biases = (None, None, None, None, None, torch.ones(32), None)
     block = Block((zero,) * 4 + (one, zero, one), biases, (Norm(torch.ones(32), None, 1e-5), norm))
-    found = Text(PackedDecoder(Shape(32, 1, 1, 32, 1.0), [block]), 1, 1).run(torch.zeros(1, 1, 32), [0], int8=False)[0, 0]
+    found = Text(PackedDecoder(Shape(32, 1, 1, 32, 1.0), [block]), 1, 1).run(torch.zeros(1, 1, 32), [0], int8=False)[
+        0, 0
+    ]
     expected = nn.functional.silu(shift)
     assert torch.allclose(found, expected, rtol=2e-6, atol=2e-6 * 200)  # rounded to three digits of the largest
     assert bool(((found - expected).abs() <= 2e-5 + 1e-6 * expected.abs()).all())
@@ -259,7 +263,12 @@ def test_what_it_does_not_take():
         PackedDecoder(shape, [Block(block.matrices[::-1], block.biases, block.norms)])
     with pytest.raises(ValueError, match="biases and norms"):
         PackedDecoder(shape, [Block(block.matrices, (torch.zeros(3), *block.biases[1:]), block.norms)])
-    for odd in (Shape(72, 2, 1, 32, 1.0), Shape(64, 2, 1, 24, 1.0), Shape(64, 2, 1, 272, 1.0), Shape(64, 3, 2, 32, 1.0)):
+    for odd in (
+        Shape(72, 2, 1, 32, 1.0),
+        Shape(64, 2, 1, 24, 1.0),
+        Shape(64, 2, 1, 272, 1.0),
+        Shape(64, 3, 2, 32, 1.0),
+    ):
         with pytest.raises(ValueError):
             PackedDecoder(odd, [])
     with pytest.raises(ValueError, match="no head"):

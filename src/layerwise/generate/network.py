@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import InputError
 from layerwise.network.adaptive import running_of
+from layerwise.network.block_structure import evaluated
 
 if TYPE_CHECKING:
     from layerwise.generate.library_blocks import LibraryBlocks
@@ -124,7 +125,12 @@ def causal_network(module: nn.Module) -> CausalNetwork:
 
 @torch.inference_mode()
 def _agrees(network: CausalNetwork) -> bool:
-    """Whether the parts, with a cache, give the scores of the network's own forward."""
+    """Whether the parts, with a cache, give the scores of the network's own forward, from exact activations."""
+    with evaluated(network.module):
+        return _agrees_now(network)
+
+
+def _agrees_now(network: CausalNetwork) -> bool:
     from layerwise.generate.session import Session
 
     count = min(TRIED, network.longest)

@@ -167,9 +167,7 @@ class Decoding:
             self._common.cosine, self._common.sine = (t.data_ptr() for t in turns)
             self._common.turns, self._common.turned = turns[0].shape
 
-    def run(
-        self, x: Tensor, blocks: range, starts: Sequence[int], *, int8: bool, path: str | None = None
-    ) -> Tensor:
+    def run(self, x: Tensor, blocks: range, starts: Sequence[int], *, int8: bool, path: str | None = None) -> Tensor:
         """Hidden states ``[rows, count, width]`` behind a run of blocks; positions begin at each row's start."""
         asked, x = self._asked(x, blocks, starts)
         y = torch.empty_like(x)

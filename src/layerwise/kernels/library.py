@@ -86,7 +86,8 @@ class Decoder(ctypes.Structure):
     """Blocks of a decoder over a cache, as ``native/parts.h`` declares them."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "count", "width", "heads", "groups", "dim", "capacity", "blocks")),
+        *((name, ctypes.c_int64) for name in ("rows", "count", "width", "heads", "groups", "dim", "capacity")),
+        ("blocks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("block", "x", "y", "starts", "cosine", "sine")),
         *((name, ctypes.c_int64) for name in ("turns", "turned")),
         *((name, ctypes.c_void_p) for name in ("head", "head_bias", "weight", "shift", "scores")),

@@ -22,7 +22,7 @@ thread_local Scratch scratch;
 
 constexpr int64_t kApart = 2;     // up to so many tokens, every thread takes all of them between products
 constexpr int64_t kShared = 16;   // from so many on, tiles are taken one by one
-constexpr int64_t kAlone = 256 << 10;  // bytes times tokens below which more threads take longer
+constexpr int64_t kAlone = 2 << 20;  // bytes times tokens below which more threads take longer
 
 // Where threads wait for one another, awake as long as a step between two products may take. Then, or where there are
 // fewer processors than threads, they let others have the processor.
