@@ -294,7 +294,8 @@ def test_the_library_checks_sizes_itself():
     for wrong in (
         {"rows": 0}, {"count": 0}, {"count": -1}, {"count": 9}, {"rows": 1 << 62}, {"width": 48}, {"width": 0},
         {"heads": 4}, {"heads": 0}, {"groups": 2}, {"groups": 0}, {"dim": 16}, {"dim": 1 << 40}, {"capacity": 1},
-        {"blocks": -1}, {"turns": 1}, {"turned": 33}, {"turned": 34}, {"turned": -2}, {"digits": 0}, {"digits": 4},
+        {"blocks": -1}, {"origin": 1}, {"origin": -1},
+        {"turns": 1}, {"turned": 33}, {"turned": 34}, {"turned": -2}, {"digits": 0}, {"digits": 4},
         {"x": None}, {"y": None}, {"starts": None}, {"block": None}, {"cosine": None},
     ):  # fmt: skip
         assert status(**wrong) == 4, wrong

@@ -110,13 +110,17 @@ class PackedDecoder:
         return any(tensor.requires_grad for tensor in self._vectors)
 
     def over(
-        self, keys: Sequence[Tensor], values: Sequence[Tensor], turns: tuple[Tensor, Tensor] | None = None
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        turns: tuple[Tensor, Tensor] | None = None,
+        origin: int = 0,
     ) -> Decoding:
         """The blocks over caches ``[rows, groups, capacity, dim]`` float32 of each, which are written to.
 
-        turns: cosines and sines ``[positions, features that are turned]`` float32.
+        turns: cosines and sines ``[positions, features that are turned]`` float32, of positions from ``origin`` on.
         """
-        return Decoding(self, keys, values, turns)
+        return Decoding(self, keys, values, turns, origin)
 
     def scores(self, x: Tensor, *, int8: bool, path: str | None = None) -> Tensor:
         """Scores ``[..., words]`` of hidden states ``[..., width]`` behind any block."""
@@ -148,6 +152,7 @@ class Decoding:
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
         turns: tuple[Tensor, Tensor] | None,
+        origin: int = 0,
     ) -> None:
         self.decoder, self._kept = decoder, (list(keys), list(values), turns)
         shape, caches = decoder.shape, [*keys, *values]
@@ -166,6 +171,7 @@ class Decoding:
                 raise ValueError(f"cosines and sines are float32 [positions, an even number up to {shape.dim}]")
             self._common.cosine, self._common.sine = (t.data_ptr() for t in turns)
             self._common.turns, self._common.turned = turns[0].shape
+            self._common.origin = origin
 
     def run(self, x: Tensor, blocks: range, starts: Sequence[int], *, int8: bool, path: str | None = None) -> Tensor:
         """Hidden states ``[rows, count, width]`` behind a run of blocks; positions begin at each row's start."""

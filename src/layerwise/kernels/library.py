@@ -89,7 +89,7 @@ class Decoder(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "count", "width", "heads", "groups", "dim", "capacity")),
         ("blocks", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("block", "x", "y", "starts", "cosine", "sine")),
-        *((name, ctypes.c_int64) for name in ("turns", "turned")),
+        *((name, ctypes.c_int64) for name in ("origin", "turns", "turned")),
         *((name, ctypes.c_void_p) for name in ("head", "head_bias", "weight", "shift", "scores")),
         ("epsilon", ctypes.c_float), ("scale", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("digits", "centred")), ("path", ctypes.c_char_p),

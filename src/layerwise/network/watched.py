@@ -10,9 +10,14 @@ from torch import nn
 
 
 class Watched:
-    """Some modules and all that is in them, as they are now."""
+    """Some modules and all that is in them, as they are now.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    inside: hooks on the modules themselves, which see what goes in and out of them, do not count.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], inside: bool = False) -> None:
+        modules = list(modules)
+        outer = set(map(id, modules)) if inside else set()
         every = list({id(part): part for module in modules for part in module.modules()}.values())
         self._parts = [(m._modules, name, part) for m in every for name, part in m._modules.items()]
         owners: list[dict[str, Any]] = [own for m in every for own in (m._parameters, m._buffers)]
@@ -20,7 +25,7 @@ class Watched:
         tensors = [t for _, _, t in self._held if t is not None]
         self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
         self._places = [(t, t.data_ptr()) for t in tensors]
-        self._hooks = [own for m in every for own in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = [own for m in every if id(m) not in outer for own in _hooks(m)]
         self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
 
     def unchanged(self) -> bool:
@@ -38,3 +43,7 @@ class Watched:
 
     def wants_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters)
+
+
+def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+    return module._forward_hooks, module._forward_pre_hooks

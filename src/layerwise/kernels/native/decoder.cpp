@@ -219,13 +219,19 @@ class Worker {
     wait();
   }
 
+  // A head of position `at`, turned by its angles.
+  void turn(const float* x, int64_t at, float scale, float* to) const {
+    const int64_t angles = d_.turned > 0 ? (at - d_.origin) * d_.turned : 0;
+    w_.heads.turn(x, d_.cosine + angles, d_.sine + angles, d_.turned, d_.dim, scale, to);
+  }
+
   // Turns the keys of a row's new positions, and writes them and the values to the cache.
   void keep(const DecoderBlock& block, int64_t row, int64_t group) {
     for (int64_t t = 0; t < d_.count; ++t) {
       const int64_t at = d_.starts[row] + t;
       const float* k = w_.wide + (row * d_.count + t) * stride() + w_.asking + group * d_.dim;
       const int64_t to = ((row * d_.groups + group) * d_.capacity + at) * d_.dim;
-      w_.heads.turn(k, d_.cosine + at * d_.turned, d_.sine + at * d_.turned, d_.turned, d_.dim, 1.0f, block.keys + to);
+      turn(k, at, 1.0f, block.keys + to);
       memcpy(block.values + to, k + w_.offering, size_t(d_.dim) * sizeof(float));
     }
   }
@@ -235,7 +241,7 @@ class Worker {
     for (int64_t t = 0; t < d_.count; ++t) {
       const int64_t at = d_.starts[row] + t, token = row * d_.count + t;
       float* q = w_.wide + token * stride() + head * d_.dim;
-      w_.heads.turn(q, d_.cosine + at * d_.turned, d_.sine + at * d_.turned, d_.turned, d_.dim, d_.scale, q);
+      turn(q, at, d_.scale, q);
       const int64_t seen = block.window > 0 && block.window < at + 1 ? block.window : at + 1;
       const int64_t from = ((row * d_.groups + group) * d_.capacity + at + 1 - seen) * d_.dim;
       w_.heads.look(q, block.keys + from, block.values + from, seen, d_.dim, scores_,
@@ -312,11 +318,11 @@ bool fits(const Decoder& d) {
   if (d.block == nullptr || d.starts == nullptr || (d.y == nullptr && d.head == nullptr)) return false;
   if (d.dim < 16 || d.dim % 16 || d.dim > kLongestDecoderHead) return false;
   if (d.groups < 1 || d.heads < d.groups || d.heads % d.groups || d.heads > kMost / d.dim) return false;
-  if (d.turned < 0 || d.turned % 2 || d.turned > d.dim) return false;
+  if (d.origin < 0 || d.turned < 0 || d.turned % 2 || d.turned > d.dim) return false;
   if (d.turned > 0 && (d.cosine == nullptr || d.sine == nullptr)) return false;
   for (int64_t row = 0; row < d.rows; ++row) {
     if (d.starts[row] < 0 || d.starts[row] > d.capacity - d.count) return false;
-    if (d.turned > 0 && d.starts[row] > d.turns - d.count) return false;
+    if (d.turned > 0 && (d.starts[row] < d.origin || d.starts[row] - d.origin > d.turns - d.count)) return false;
   }
   if (d.head != nullptr && (!shaped(d.head, d.head->rows, d.width) || !d.weight || !d.scores)) return false;
   for (int64_t b = 0; b < d.blocks; ++b) {

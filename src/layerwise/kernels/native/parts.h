@@ -97,8 +97,8 @@ struct Decoder {
   const float* x;                      // [rows, count, width]
   float* y;                            // the same, or null
   const int64_t* starts;               // [rows]  where the new positions begin
-  const float *cosine, *sine;          // [turns, turned], of every position; null: nothing is turned
-  int64_t turns, turned;               // positions; features of a head that are turned, the first ones
+  const float *cosine, *sine;          // [turns, turned], of positions from `origin` on; null: nothing is turned
+  int64_t origin, turns, turned;       // turned: features of a head that are, the first ones
   const Matrix* head;                  // or null
   const float *head_bias, *weight, *shift;
   float* scores;                       // [rows, count, rows of the head]
