@@ -86,7 +86,7 @@ class LibraryBlocks:
 
     def present(self) -> bool:
         """Whether the network is still what it was."""
-        return self._watched.unchanged()
+        return self._watched.same_modules() and self._watched.same_tensors()
 
     def int8(self) -> bool | None:
         """Whether inputs of products are rounded to int8; None where that is not the same for all."""

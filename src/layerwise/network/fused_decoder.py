@@ -81,8 +81,11 @@ class FusedDecoder:
         return y
 
     def _present(self, block: nn.Module) -> PackedDecoder | None:
-        """The block over its present tensors; None where they make none, or somebody wants to see what goes through."""
-        if self._watched is None or not self._watched.unchanged():
+        """The block over its present tensors; None where they make none, where parts were replaced, which may compute
+        something else, or where somebody wants to see what goes through one."""
+        if self._watched is not None and not self._watched.same_modules():
+            return None
+        if self._watched is None or not self._watched.same_tensors():
             self._watched = Watched([block], inside=True)
             places: list[Any] = [m.layer_idx for m in block.modules() if hasattr(m, "layer_idx")]
             self._place = places[0] if places else -1
@@ -164,7 +167,7 @@ def fused_decoder_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**kwargs, **dict(zip(("hidden_states", *names), args, strict=False))}
         usual = all(name in ARGUMENTS or value is None or value is False for name, value in given.items())
-        if usual and not self.training:
+        if usual and not self.training and not torch.compiler.is_compiling():
             y = self._fused.run(self, given)
             if y is not None:
                 return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import is_
 from typing import Any
 
 import torch
@@ -19,22 +20,32 @@ class Watched:
         modules = list(modules)
         outer = set(map(id, modules)) if inside else set()
         every = list({id(part): part for module in modules for part in module.modules()}.values())
-        self._parts = [(m._modules, name, part) for m in every for name, part in m._modules.items()]
+        self._parts = [(m._modules, name) for m in every for name in m._modules]
+        self._modules = [own[name] for own, name in self._parts]
         owners: list[dict[str, Any]] = [own for m in every for own in (m._parameters, m._buffers)]
-        self._held = [(own, name, tensor) for own in owners for name, tensor in own.items()]
-        tensors = [t for _, _, t in self._held if t is not None]
-        self._versions = [(t, t._version) for t in tensors if not t.is_inference()]
-        self._places = [(t, t.data_ptr()) for t in tensors]
-        self._hooks = [own for m in every if id(m) not in outer for own in _hooks(m)]
-        self._parameters = [t for t in tensors if isinstance(t, nn.Parameter)]
+        self._slots = [(own, name) for own in owners for name in own]
+        self._held = [own[name] for own, name in self._slots]
+        self._parameters = [held for held in self._held if isinstance(held, nn.Parameter)]
+        self._places = [parameter.data_ptr() for parameter in self._parameters]
+        known = set(map(id, self._parameters))
+        stored = [held for held in self._held if isinstance(held, torch.Tensor) and id(held) not in known]
+        self._stored = [tensor for tensor in stored if not tensor.is_inference()]
+        self._versions = [tensor._version for tensor in self._stored]
+        self._hooks = [own for m in every if id(m) not in outer for own in (m._forward_hooks, m._forward_pre_hooks)]
 
-    def unchanged(self) -> bool:
-        """Whether every module and tensor is in its place and no tensor was written to since."""
+    def same_modules(self) -> bool:
+        """Whether every module is in its place."""
+        return all(map(is_, [own.get(name) for own, name in self._parts], self._modules))
+
+    def same_tensors(self) -> bool:
+        """Whether every tensor is in its place, and no buffer was written to since.
+
+        Parameters may have been written to where they lie: they are read as they are.
+        """
         return (
-            all(own.get(name) is part for own, name, part in self._parts)
-            and all(own.get(name) is tensor for own, name, tensor in self._held)
-            and all(tensor._version == version for tensor, version in self._versions)
-            and all(tensor.data_ptr() == place for tensor, place in self._places)
+            all(map(is_, [own.get(name) for own, name in self._slots], self._held))
+            and [tensor._version for tensor in self._stored] == self._versions
+            and [parameter.data_ptr() for parameter in self._parameters] == self._places
         )
 
     def hooked(self) -> bool:
@@ -43,7 +54,3 @@ class Watched:
 
     def wants_gradient(self) -> bool:
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._parameters)
-
-
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    return module._forward_hooks, module._forward_pre_hooks
