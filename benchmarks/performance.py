@@ -47,6 +47,11 @@ FAST = (
     "*int8 activations*, *its own attention* and *fused blocks* are choices of the user: "
     "[Compress an encoder](compress-an-encoder.md#run-it-fast)."
 )
+DECODED = (
+    "layerwise generates as `layerwise generate` does, a token by one call of the library; where *blocks run by "
+    "transformers* is said, the packed network runs in transformers' own loop, as the dense ones do, and *fused blocks* "
+    "are chosen there or not. int8 activations are a choice of the user: [Generate text](generate.md#speed)."
+)
 
 Timed = dict[str, float | str]
 """Name -> how many a second, or why there is no figure."""
@@ -225,11 +230,12 @@ def decoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
     }
     runs: dict[str, Callable[[], object] | str] = {}
     for name, network in networks.items():
-        if name.startswith("layerwise"):
-            runs[name] = _generating(network, prompt)
-        if not name.startswith("layerwise") or "4 bits" in name:
-            own = name if name not in runs else f"{name}, blocks run by transformers"
-            runs[own] = _decoding(network, prompt)
+        runs[name] = _generating(network, prompt) if name.startswith("layerwise") else _decoding(network, prompt)
+    own = "layerwise, 4 bits, int8 activations"
+    fused = copy.deepcopy(networks[own])
+    use_fused_blocks(fused)
+    runs[f"{own}, blocks run by transformers"] = _decoding(networks[own], prompt)
+    runs[f"{own}, blocks run by transformers, fused blocks"] = _decoding(fused, prompt)
     with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
         runs["llama.cpp, Q4_0"] = _llama_cpp(Path(folder), prompt)
         return _per_second(runs, NEW_TOKENS, rounds, paused)
@@ -338,7 +344,7 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
     for title, timed in networks.items():
         lines += ["", f"## {title}", "", "| engine | a second |", "|---|--:|"]
         lines += [f"| {name} | {v if isinstance(v, str) else f'{v:.1f}'} |" for name, v in timed.items()]
-        lines += ["", FAST] if any("fused blocks" in name for name in timed) else []
+        lines += ["", DECODED if "LLaMA" in title else FAST]
     return "\n".join(lines) + "\n"
 
 
