@@ -49,8 +49,8 @@ FAST = (
 )
 DECODED = (
     "layerwise generates as `layerwise generate` does, a token by one call of the library; where *blocks run by "
-    "transformers* is said, the packed network runs in transformers' own loop, as the dense ones do, and *fused blocks* "
-    "are chosen there or not. int8 activations are a choice of the user: [Generate text](generate.md#speed)."
+    "transformers* is said, the packed network runs in transformers' own loop, as the dense ones do, with *fused "
+    "blocks* or without. int8 activations are a choice of the user: [Generate text](generate.md#speed)."
 )
 
 Timed = dict[str, float | str]
@@ -344,7 +344,8 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
     for title, timed in networks.items():
         lines += ["", f"## {title}", "", "| engine | a second |", "|---|--:|"]
         lines += [f"| {name} | {v if isinstance(v, str) else f'{v:.1f}'} |" for name, v in timed.items()]
-        lines += ["", DECODED if "LLaMA" in title else FAST]
+        if any("fused blocks" in name for name in timed):
+            lines += ["", DECODED if any("llama.cpp" in name for name in timed) else FAST]
     return "\n".join(lines) + "\n"
 
 
