@@ -23,6 +23,7 @@ from layerwise.generate.wanted import Wanted, silent
 from layerwise.kernels.decoder import Decoding
 from layerwise.kernels.library import chosen_path, paths, why_absent
 from layerwise.kernels.matrix import DOT_PATH
+from layerwise.network.fused_blocks import use_fused_blocks
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.recipe import parse_generator, parse_recipe
 
@@ -163,6 +164,7 @@ def test_kinds_of_blocks(ran: list[int]):
     for kind, others in {
         "Llama": {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
         "Qwen2": {"num_key_value_heads": 1, "use_sliding_window": False},
+        "Qwen3": {"head_dim": 16},
         "Mistral": {"sliding_window": 9, "head_dim": 48},
     }.items():
         network = made(kind, **others)
@@ -173,7 +175,7 @@ def test_kinds_of_blocks(ran: list[int]):
 
 def test_what_does_not_fit_is_left_to_torch(ran: list[int]):
     left = {
-        "not 7 and 2": made("Qwen3"),
+        "not called in the order": made("Olmo2", head_dim=16),
         "parameters of its own": made("Mixtral", num_local_experts=2),
         "gives other values": made("Llama", hidden_act="gelu"),
         "multiples of 16": made("Llama", hidden_size=72, head_dim=16),
@@ -193,6 +195,16 @@ def test_one_block_that_does_not_fit_is_torchs_alone(ran: list[int]):
     ran.clear()
     with torch.no_grad():
         assert apart(network) < 1e-4 and ran == [1, 1] * 14
+
+
+def test_a_network_with_some_fused_blocks_generates():
+    network = made("Llama")
+    expected = scores(network, True)
+    network.blocks[2].mlp.act_fn = nn.GELU()  # type: ignore[union-attr]
+    assert len(use_fused_blocks(network.module).fused) == 2
+    network.blocks[2].mlp.act_fn = nn.SiLU()  # type: ignore[union-attr]
+    twin = causal_network(network.module)
+    assert len({type(block) for block in twin.blocks}) == 2 and torch.equal(scores(twin, True), expected)
 
 
 def test_a_changed_network_is_looked_at_again():

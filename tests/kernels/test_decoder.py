@@ -35,6 +35,7 @@ def drawn(
     blocks: int = 2,
     biases: bool = True,
     windows: Sequence[int | None] = (None, None),
+    head_norms: bool = False,
 ) -> PackedDecoder:
     g = torch.Generator().manual_seed(5)
     asking, offering, width = shape.heads * shape.dim, shape.groups * shape.dim, shape.width
@@ -47,10 +48,14 @@ def drawn(
     def norm() -> Norm:
         return Norm(torch.rand(width, generator=g) + 0.5, vector(width), 1e-5)
 
+    def of_heads() -> tuple[Norm, Norm] | None:
+        made = [Norm(torch.rand(shape.dim, generator=g) + 0.5, None, e) for e in (1e-6, 1e-2)]
+        return (made[0], made[1]) if head_norms else None
+
     made = []
     for b in range(blocks):
         own = [matrix(*size, samples[(i + b) % len(samples)], 10 * b + i) for i, size in enumerate(sizes)]
-        made.append(Block(tuple(own), tuple(vector(m.rows) for m in own), (norm(), norm()), windows[b]))
+        made.append(Block(tuple(own), tuple(vector(m.rows) for m in own), (norm(), norm()), windows[b], of_heads()))
     head = Head(norm(), matrix(WORDS, width, samples[0], 99), vector(WORDS))
     return PackedDecoder(shape, made, head)
 
@@ -92,8 +97,9 @@ def by_torch(decoder: PackedDecoder, x: Tensor, tables: tuple[Tensor, Tensor], i
         a, b = first.chunk(2, -1)
         return torch.cat([first * cosine + torch.cat([-b, a], -1) * sine, rest], -1)
 
-    def split(y: Tensor) -> Tensor:
-        return y.view(rows, count, -1, shape.dim).transpose(1, 2)
+    def split(y: Tensor, norm: Norm | None = None) -> Tensor:
+        y = y.view(rows, count, -1, shape.dim).transpose(1, 2)
+        return y if norm is None else nn.functional.rms_norm(y, (shape.dim,), norm.weight, norm.epsilon)
 
     for block in decoder.blocks:
         query, key, value, out, gate, up, down = (
@@ -104,9 +110,12 @@ def by_torch(decoder: PackedDecoder, x: Tensor, tables: tuple[Tensor, Tensor], i
         seen = torch.ones(count, count, dtype=torch.bool).tril()
         if block.window is not None:
             seen &= ~torch.ones(count, count, dtype=torch.bool).tril(-block.window)
-        k, v = (split(y).repeat_interleave(shape.heads // shape.groups, 1) for y in (key(given), value(given)))
-        k = turn(k)
-        attended = nn.functional.scaled_dot_product_attention(turn(split(query(given))), k, v, seen, scale=shape.scale)
+        of_queries, of_keys = block.head_norms or (None, None)
+        shared = shape.heads // shape.groups
+        k, v = turn(split(key(given), of_keys)), split(value(given))
+        k, v = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1)
+        q = turn(split(query(given), of_queries))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=shape.scale)
         x = x + out(attended.transpose(1, 2).reshape(rows, count, -1))
         given = normed(block.norms[1], x)
         x = x + down(nn.functional.silu(gate(given)) * up(given))
@@ -125,7 +134,7 @@ SHAPES = [  # shape, inner, samples, biases, windows, turned
 @pytest.mark.parametrize("case", SHAPES)
 def test_values_are_torchs_and_the_same_bits_on_every_path_and_split(case: tuple[Any, ...], int8: bool):
     shape, inner, samples, biases, windows, turned = case
-    decoder = drawn(shape, inner, samples, biases=biases, windows=windows)
+    decoder = drawn(shape, inner, samples, biases=biases, windows=windows, head_norms=inner == 96)
     rows, count = 2, 21
     x = torch.randn(rows, count, shape.width, generator=torch.Generator().manual_seed(1))
     whole = LEVELS not in samples  # products with places in a table add floats in an order of each path's own

@@ -65,6 +65,8 @@ class LibraryBlocks:
             try:
                 if network.slots != len(network.blocks):
                     raise Unfit("blocks of this network run several times")
+                if network.rotary is None:
+                    raise Unfit("this network has no rotary tables")
                 found = decoder_structure_of(module, network.module.config, known)
                 if known is not None and (found.shape, found.turned) != (known.shape, known.turned):
                     raise Unfit("its heads are not those of the first block")

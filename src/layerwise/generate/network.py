@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from layerwise.errors import InputError
 from layerwise.network.adaptive import running_of
 from layerwise.network.block_structure import evaluated
+from layerwise.network.fused_blocks import plain_class
 
 if TYPE_CHECKING:
     from layerwise.generate.library_blocks import LibraryBlocks
@@ -165,7 +166,9 @@ def _blocks(module: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...]]
             if not isinstance(child, nn.ModuleList) or len(child) <= len(best[1]):
                 continue
             members = tuple(child)
-            if len({type(m) for m in members}) == 1 and any(hasattr(m, "layer_idx") for m in members[0].modules()):
+            if len({plain_class(m) for m in members}) == 1 and any(
+                hasattr(m, "layer_idx") for m in members[0].modules()
+            ):
                 best = parent, members
     return best
 

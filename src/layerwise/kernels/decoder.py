@@ -2,11 +2,12 @@
 
     h = x + out(heads(norm(x))),   y = h + down(silu(gate(norm(h))) up(norm(h))),   scores = head(norm(y))
 
-Query and key are turned by the angles of their position (rotary tables), each key and value serves ``heads / groups``
-queries, and a position sees those up to its own, as far back as the block's window. Products round their inputs as
-``PackedMatrix.multiply`` does and give its bits; what is multiplied with the same input shares one rounding. Norms,
-gates, angles and the softmax are computed in float32, to about 1e-6, the same bits on every path, for any number of
-threads, and for a token by itself as in a row of them.
+Query and key are normed head by head in some networks, and turned by the angles of their position (rotary tables); each
+key and value serves ``heads / groups`` queries, and a position sees those up to its own, as far back as the block's
+window. Products round inputs as ``PackedMatrix.multiply`` does and give its bits; what is multiplied with the same
+input shares one rounding. Norms, gates, angles and the softmax are computed in float32, to about 1e-6, the same bits on
+every path (but for places in a table, whose products are sums of floats), for any number of threads, and for a token by
+itself as in a row of them.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ class Block:
     """Matrices and biases (float32 [rows] or None) in the order of ``LINEARS``, and the norms in front of both halves.
 
     window: positions that are seen, the own one the last; None for all.
+    head_norms: of the queries and of the keys of each head, without a mean taken off or a shift; None for none.
     """
 
     matrices: tuple[PackedMatrix, ...]
     biases: tuple[Tensor | None, ...]
     norms: tuple[Norm, Norm]
     window: int | None = None
+    head_norms: tuple[Norm, Norm] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +98,9 @@ class PackedDecoder:
         for block in self.blocks:
             given += [(b, m.rows) for b, m in zip(block.biases, block.matrices, strict=True)]
             given += [(t, self.shape.width) for norm in block.norms for t in (norm.weight, norm.shift)]
+            given += [(norm.weight, self.shape.dim) for norm in block.head_norms or ()]
+            if any(norm.shift is not None for norm in block.head_norms or ()):
+                raise ValueError("norms of heads have no shift")
         if self.head is not None:
             given += [(t, self.shape.width) for t in (self.head.norm.weight, self.head.norm.shift)]
             given += [(self.head.bias, self.head.matrix.rows)]
@@ -225,7 +231,9 @@ def _run(asked: Decoder, x: Tensor, y: Tensor | None, int8: bool, path: str | No
 
 def _described(block: Block) -> DecoderBlock:
     first, second = block.norms
+    heads = block.head_norms or ()
     return DecoderBlock(
+        head_weight=tuple(norm.weight.data_ptr() for norm in heads), head_epsilon=tuple(n.epsilon for n in heads),
         matrix=tuple(m.handle for m in block.matrices), bias=tuple(address(b) for b in block.biases),
         weight=(first.weight.data_ptr(), second.weight.data_ptr()), shift=(address(first.shift), address(second.shift)),
         epsilon=(first.epsilon, second.epsilon), window=block.window or 0,

@@ -78,6 +78,7 @@ class DecoderBlock(ctypes.Structure):
     _fields_ = [
         ("matrix", ctypes.c_void_p * 7), ("bias", ctypes.c_void_p * 7),
         ("weight", ctypes.c_void_p * 2), ("shift", ctypes.c_void_p * 2), ("epsilon", ctypes.c_float * 2),
+        ("head_weight", ctypes.c_void_p * 2), ("head_epsilon", ctypes.c_float * 2),
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("window", ctypes.c_int64),
     ]  # fmt: skip
 

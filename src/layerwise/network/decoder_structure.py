@@ -2,9 +2,10 @@
 
     h = x + out(heads(norm(x))),   y = h + down(silu(gate(norm(h))) up(norm(h)))
 
-A block fits when its parts are seven packed linears and two norms, when a run calls them in the order of a LLaMA's, and
-when the library's own block then gives what the block itself gave for random hidden states, a causal mask and angles of
-its own. Which of three linears is query, key and value, and which of two is the gate, is tried out.
+A block fits when its parts are seven packed linears and two norms, or four (those of queries and keys, head by head),
+when a run calls them in the order of a LLaMA's or a Qwen3's, and when the library's own block then gives what the block
+itself gave for random hidden states, a causal mask and angles of its own. Which of three linears is query, key and
+value, and which of two is the gate, is tried out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from layerwise.kernels.matrix import PackedMatrix
 from layerwise.network.block_structure import MASK, TOLERANCE, Unfit, evaluated
 from layerwise.network.packed import Packed, PackedLinear
 
-ORDER = "NLLLLNLLL"  # of a block's norms and linears
+# Of a block's norms and linears: a LLaMA's, and with norms of heads right behind their linears.
+ORDERS = ("NLLLLNLLL", "NLNLNLLNLLL")
 SIZES = (2, 7)  # texts and tokens of a trial
 
 
@@ -30,11 +32,12 @@ SIZES = (2, 7)  # texts and tokens of a trial
 class DecoderStructure:
     """Paths inside a block, linears in the order of ``kernels.decoder.LINEARS``, and the shape that its matrices have.
 
+    norms:  of both halves, and where there are any of the queries' and the keys' heads.
     turned: how many features of a head are turned by their position.
     """
 
     linears: tuple[str, ...]
-    norms: tuple[str, str]
+    norms: tuple[str, ...]
     shape: Shape
     turned: int
 
@@ -44,16 +47,19 @@ def decoder_structure_of(block: nn.Module, config: Any, known: DecoderStructure 
     linears, norms = _parts(block)
     trial = _Trial(block, config, linears, norms)
     own = [name for name in trial.called if name in linears]
-    first, second = (name for name in trial.called if name in norms)
+    used = [name for name in trial.called if name in norms]
+    kept = (used[0], used[-1], *used[1:-1])
+    if len({norms[name][1] for name in kept[:2]}) != 1 or any(norms[name][1] for name in kept[2:]):
+        raise Unfit("its norms are of two kinds")
     orders = [
         (*q, own[3], *g, own[6]) for q in itertools.permutations(own[:3]) for g in itertools.permutations(own[4:6])
     ]
     orders.sort(key=lambda order: known is None or order != known.linears)
     for order in orders:
-        shape = _shape(config, [linears[name] for name in order], norms[first][1])
+        shape = _shape(config, [linears[name] for name in order], norms[kept[0]][1])
         if shape is None or (shape.dim, shape.heads) != (trial.dim, trial.heads):
             continue
-        found = DecoderStructure(order, (first, second), shape, trial.turned)
+        found = DecoderStructure(order, kept, shape, trial.turned)
         try:
             decoder = PackedDecoder(shape, [packed_decoder_block(block, found)])
         except ValueError as wrong:
@@ -67,10 +73,12 @@ def packed_decoder_block(block: nn.Module, structure: DecoderStructure, window: 
     """The block's present matrices and vectors for the library. Raises ``Unfit``."""
     linears: list[PackedLinear] = [block.get_submodule(name) for name in structure.linears]  # type: ignore[misc]
     matrices = tuple(matrix_of(name, own) for name, own in zip(structure.linears, linears, strict=True))
-    norms = [norm_of(block.get_submodule(name)) for name in structure.norms]
-    if norms[0] is None or norms[1] is None:
+    found = [norm_of(block.get_submodule(name)) for name in structure.norms]
+    norms = [norm[0] for norm in found if norm is not None]
+    if len(norms) != len(found):
         raise Unfit("its norms are no norms any more")
-    return Block(matrices, tuple(own.bias for own in linears), (norms[0][0], norms[1][0]), window)
+    heads = (norms[2], norms[3]) if len(norms) == 4 else None
+    return Block(matrices, tuple(own.bias for own in linears), (norms[0], norms[1]), window, heads)
 
 
 def matrix_of(name: str, module: Packed) -> PackedMatrix:
@@ -99,10 +107,8 @@ def _parts(block: nn.Module) -> tuple[dict[str, PackedLinear], Norms]:
         if norm is None:
             raise Unfit(f"it has parameters of its own in {name or 'itself'}")
         norms[name] = norm
-    if (len(linears), len(norms)) != (7, 2):
-        raise Unfit(f"it has {len(linears)} packed linears and {len(norms)} norms, not 7 and 2")
-    if len({centred for _, centred in norms.values()}) != 1:
-        raise Unfit("its norms are of two kinds")
+    if len(linears) != 7 or len(norms) not in (2, 4):
+        raise Unfit(f"it has {len(linears)} packed linears and {len(norms)} norms, not 7 and 2 or 4")
     if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in block.parameters()):
         raise Unfit("its biases and norms are not float32 on the CPU")
     return linears, norms
@@ -187,7 +193,7 @@ class _Trial:
             for hook in hooks:
                 hook.remove()
         self.expected: Tensor = out[0] if isinstance(out, tuple) else out
-        if "".join("L" if name in linears else "N" for name in self.called) != ORDER:
+        if "".join("L" if name in linears else "N" for name in self.called) not in ORDERS:
             raise Unfit("its linears and norms are not called in the order of a decoder's block")
         if not isinstance(self.expected, Tensor) or self.expected.shape != self.x.shape:
             raise Unfit("it returns something else than hidden states")

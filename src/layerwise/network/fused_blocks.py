@@ -91,10 +91,17 @@ def release_fused_blocks(network: nn.Module) -> None:
         _release(module)
 
 
-def _release(block: nn.Module) -> None:
+def plain_class(block: nn.Module) -> type[nn.Module]:
+    """A block's own class, whatever is laid over it."""
     own = type(block).__bases__[0]
-    if "_fused" in block.__dict__ and type(block) in (fused_class(own), fused_decoder_class(own)):
-        block.__class__ = own
+    laid_over = "_fused" in block.__dict__ and type(block) in (fused_class(own), fused_decoder_class(own))
+    return own if laid_over else type(block)
+
+
+def _release(block: nn.Module) -> None:
+    own = plain_class(block)
+    if own is not type(block):
+        block.__class__ = own  # type: ignore[assignment]
         block.__dict__.pop("_number", None)
         del block.__dict__["_fused"]
 

@@ -219,8 +219,11 @@ class Worker {
     wait();
   }
 
-  // A head of position `at`, turned by its angles.
-  void turn(const float* x, int64_t at, float scale, float* to) const {
+  // A head of position `at`, normed, and turned by its angles. which: 0 of queries, 1 of keys.
+  void turn(const DecoderBlock& block, int which, float* x, int64_t at, float scale, float* to) const {
+    if (const float* weight = block.head_weight[which]) {
+      w_.rows.scale(x, nullptr, d_.dim, weight, nullptr, block.head_epsilon[which], nullptr, x);
+    }
     const int64_t angles = d_.turned > 0 ? (at - d_.origin) * d_.turned : 0;
     w_.heads.turn(x, d_.cosine + angles, d_.sine + angles, d_.turned, d_.dim, scale, to);
   }
@@ -229,9 +232,9 @@ class Worker {
   void keep(const DecoderBlock& block, int64_t row, int64_t group) {
     for (int64_t t = 0; t < d_.count; ++t) {
       const int64_t at = d_.starts[row] + t;
-      const float* k = w_.wide + (row * d_.count + t) * stride() + w_.asking + group * d_.dim;
+      float* k = w_.wide + (row * d_.count + t) * stride() + w_.asking + group * d_.dim;
       const int64_t to = ((row * d_.groups + group) * d_.capacity + at) * d_.dim;
-      turn(k, at, 1.0f, block.keys + to);
+      turn(block, 1, k, at, 1.0f, block.keys + to);
       memcpy(block.values + to, k + w_.offering, size_t(d_.dim) * sizeof(float));
     }
   }
@@ -241,7 +244,7 @@ class Worker {
     for (int64_t t = 0; t < d_.count; ++t) {
       const int64_t at = d_.starts[row] + t, token = row * d_.count + t;
       float* q = w_.wide + token * stride() + head * d_.dim;
-      turn(q, at, d_.scale, q);
+      turn(block, 0, q, at, d_.scale, q);
       const int64_t seen = block.window > 0 && block.window < at + 1 ? block.window : at + 1;
       const int64_t from = ((row * d_.groups + group) * d_.capacity + at + 1 - seen) * d_.dim;
       w_.heads.look(q, block.keys + from, block.values + from, seen, d_.dim, scores_,
@@ -348,7 +351,10 @@ int decode_tokens(const Decoder& d, int threads) {
   threads = useful_threads(d, threads);
   static const int64_t from_the_start[1] = {0};
   Decoder given = d;
-  if (d.blocks == 0) given.starts = from_the_start, given.count = d.rows * d.count, given.rows = 1;
+  if (d.blocks == 0) {
+    given.starts = from_the_start, given.count = d.rows * d.count, given.rows = 1;
+    given.heads = given.groups = given.dim = 0;
+  }
   Work work(given, *path, threads);
   work.memory = scratch.at_least(work.bytes(threads));
   if (work.memory == nullptr) return 3;

@@ -78,7 +78,7 @@ int encode(const EncoderBlock& block, int threads);  // 0 done; 1 no such path; 
 //
 //     h = x + out(heads(norm(x))),  y = h + down(silu(gate(norm(h))) up(norm(h)))
 //
-// heads: query, key, value; both of the first turned by their position; the keys and values of `groups` heads, each for
+// heads: query, key, value; both of the first normed head by head, where there are such norms, and turned by their position; the keys and values of `groups` heads, each for
 // heads / groups queries, are written to the cache where the row begins, and every position sees those up to its own.
 // Behind the last block, where there is a head: scores = head(norm(y)).
 enum DecoderLinear : int32_t { kToQuery, kToKey, kToValue, kFromHeads, kGate, kWiden, kNarrow, kDecoderLinears };
@@ -87,6 +87,8 @@ struct DecoderBlock {
   const float* bias[kDecoderLinears];  // each may be null
   const float *weight[2], *shift[2];   // of the norms, [width]; a shift may be null
   float epsilon[2];
+  const float* head_weight[2];         // [dim]  of the norms of queries and keys; null: there is none
+  float head_epsilon[2];
   float *keys, *values;                // [rows, groups, capacity, dim]
   int64_t window;                      // how many positions are seen, the own one the last; 0: all
 };
