@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
+from layerwise.generate.network import causal_network
+from layerwise.generate.wanted import Wanted, silent
 from layerwise.kernels.measure import PeerRow, Report, Row, measure
 from layerwise.network.fused_blocks import use_fused_blocks
 from layerwise.network.packed import PackedEmbedding, PackedHead, PackedLinear, set_activations
 from layerwise.network.short_attention import use_short_attention
-from layerwise.recipe import parse_recipe
+from layerwise.recipe import parse_generator, parse_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 SENTENCES, WORDS = 16, 32
@@ -44,6 +46,11 @@ SETTLED = 0.02  # seconds: threads of the engine before spin for some time, on t
 FAST = (
     "*int8 activations*, *its own attention* and *fused blocks* are choices of the user: "
     "[Compress an encoder](compress-an-encoder.md#run-it-fast)."
+)
+DECODED = (
+    "layerwise generates as `layerwise generate` does, a token by one call of the library; where *blocks run by "
+    "transformers* is said, the packed network runs in transformers' own loop, as the dense ones do, with *fused "
+    "blocks* or without. int8 activations are a choice of the user: [Generate text](generate.md#speed)."
 )
 
 Timed = dict[str, float | str]
@@ -221,10 +228,24 @@ def decoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
         "layerwise, 4 bits, int8 activations": packed(llama(), "rtn:bits=4,group=128", "int8"),
         "layerwise, 4 bits, float activations": packed(llama(), "rtn:bits=4,group=128", "exact"),
     }
-    runs: dict[str, Callable[[], object] | str] = {name: _decoding(n, prompt) for name, n in networks.items()}
+    runs: dict[str, Callable[[], object] | str] = {}
+    for name, network in networks.items():
+        runs[name] = _generating(network, prompt) if name.startswith("layerwise") else _decoding(network, prompt)
+    own = "layerwise, 4 bits, int8 activations"
+    fused = copy.deepcopy(networks[own])
+    use_fused_blocks(fused)
+    runs[f"{own}, blocks run by transformers"] = _decoding(networks[own], prompt)
+    runs[f"{own}, blocks run by transformers, fused blocks"] = _decoding(fused, prompt)
     with tempfile.TemporaryDirectory(prefix="layerwise-") as folder:
         runs["llama.cpp, Q4_0"] = _llama_cpp(Path(folder), prompt)
         return _per_second(runs, NEW_TOKENS, rounds, paused)
+
+
+def _generating(network: Any, prompt: Tensor) -> Callable[[], object]:
+    """``layerwise generate``: the blocks by the compiled library."""
+    speaker, plain = causal_network(network), parse_generator("plain")
+    wanted, tokens = Wanted(NEW_TOKENS, ignore_stop=True), [prompt[0].tolist()]
+    return lambda: plain.generate(speaker, tokens, wanted, silent)
 
 
 def _decoding(network: Any, prompt: Tensor) -> Callable[[], object]:
@@ -323,7 +344,8 @@ def page(report: Report, networks: dict[str, Timed]) -> str:
     for title, timed in networks.items():
         lines += ["", f"## {title}", "", "| engine | a second |", "|---|--:|"]
         lines += [f"| {name} | {v if isinstance(v, str) else f'{v:.1f}'} |" for name, v in timed.items()]
-        lines += ["", FAST] if any("fused blocks" in name for name in timed) else []
+        if any("fused blocks" in name for name in timed):
+            lines += ["", DECODED if any("llama.cpp" in name for name in timed) else FAST]
     return "\n".join(lines) + "\n"
 
 

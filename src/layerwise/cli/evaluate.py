@@ -89,6 +89,9 @@ def show(found: ArtifactQuality, title: str, json: bool) -> None:
     rows = [("size", megabytes(found.dense_bytes), *[size] * (len(columns) - 1))]
     rows += [(name, *(significant(c.get(name), 4) for c in columns)) for name in found.artifact]
     rows.append(("latency, one sequence", "", f"{found.latency_ms:.1f} ms", *[""] * (len(columns) - 2)))
+    if found.library_blocks[1]:
+        said = "{} of {}".format(*found.library_blocks)
+        rows.append(("  blocks by the compiled library", "", said, *[""] * (len(columns) - 2)))
     rows.append(("peak memory of this run", "", megabytes(peak_memory()), *[""] * (len(columns) - 2)))
     if found.cache:
         cached = (f"{found.cache['dense bytes a token']:,.0f} bytes", f"{found.cache['bytes a token']:,.0f} bytes")

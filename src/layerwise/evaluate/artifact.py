@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from layerwise.calibrate.text import Text
 from layerwise.encoding.inputs import InputGrid
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, body_of, compare
-from layerwise.evaluate.latency import forward_seconds
+from layerwise.evaluate.latency import forward_seconds, open_for_time
 from layerwise.evaluate.sentences import pair_batches, spearman
 from layerwise.loss import Loss, loss_of
 from layerwise.network.artifact import Artifact, open_artifact
-from layerwise.network.load import load
 from layerwise.network.module import ModuleNetwork
 from layerwise.network.network import Network, open_network
 from layerwise.network.streaming import Batch
@@ -28,6 +26,7 @@ from layerwise.network.streaming import Batch
 class ArtifactQuality:
     """Metrics of the dense network and of the artifact on the same text.
 
+    library_blocks: how many of the artifact's blocks the compiled library computed when it was timed, and of how many.
     activations: those of the artifact with the inputs of its linears quantized as was asked for; None if it was not.
     cache: those of the artifact with keys and values kept as was asked for; None if it was not.
     """
@@ -37,6 +36,7 @@ class ArtifactQuality:
     bytes: int
     dense_bytes: int
     latency_ms: float
+    library_blocks: tuple[int, int]
     tokens: int
     activations: dict[str, Any] | None = None
     cache: dict[str, Any] | None = None
@@ -73,13 +73,14 @@ def evaluate_artifact(
     with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
         variants = {"artifact": artifact, **({"activations": artifact.giving(inputs)} if inputs else {})}
         found = compare(network, variants, loss, batches, Path(scratch), advance=advance)
-    module = load(path)
+    module, by_library = open_for_time(path)
     return ArtifactQuality(
         dense=_with_spearman(found["dense"], index, text, seed),
         artifact=_with_spearman(found["artifact"], index, text, seed),
         bytes=artifact.size,
         dense_bytes=network.checkpoint.safetensors_bytes,
         latency_ms=1e3 * forward_seconds(module, batches[0].rows(0, 1)),
+        library_blocks=by_library,
         tokens=sum(int(b.counted.sum()) for b in batches),
         activations=_with_spearman(found["activations"], index, text, seed) if inputs else None,
     )
@@ -99,13 +100,14 @@ def evaluate_on_images(
     with tempfile.TemporaryDirectory(prefix="layerwise-") as scratch:
         variants = {"artifact": artifact, **({"activations": artifact.giving(inputs)} if inputs else {})}
         found = compare(network, variants, loss, batches, Path(scratch), advance=advance)
-    module = load(path, into=copy.deepcopy(network.original) if isinstance(network, ModuleNetwork) else None)
+    module, by_library = open_for_time(path, network.original if isinstance(network, ModuleNetwork) else None)
     return ArtifactQuality(
         dense=dict(found["dense"].metrics),
         artifact=dict(found["artifact"].metrics),
         bytes=artifact.size,
         dense_bytes=network.checkpoint.safetensors_bytes,
         latency_ms=1e3 * forward_seconds(module, batches[0].rows(0, 1)),
+        library_blocks=by_library,
         tokens=sum(int(b.counted.sum()) for b in batches),
         activations=dict(found["activations"].metrics) if inputs else None,
     )

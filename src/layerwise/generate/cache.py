@@ -151,6 +151,15 @@ class Cache:
             one.write(new, self.starts)
         return found[0].read(end), found[1].read(end)
 
+    def plain(self, block: int, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of a block where they lie, made now ``like`` [rows, heads, any, width]; None if in codes."""
+        if self.kind != "16":
+            return None
+        found = self.stores[block]
+        if found is None:
+            found = self.stores[block] = Plain(like, self.capacity), Plain(like, self.capacity)
+        return found[0].parts()[0], found[1].parts()[0]
+
     def read(self, block: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a block, ``[rows, heads, end, width]`` each; ``ValueError`` before its first pass."""
         found = self.stores[block]

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from layerwise.errors import InputError
 from layerwise.network.adaptive import running_of
+from layerwise.network.block_structure import evaluated
+from layerwise.network.fused_blocks import plain_class
 
 if TYPE_CHECKING:
+    from layerwise.generate.library_blocks import LibraryBlocks
     from layerwise.generate.session import Session
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
@@ -73,6 +76,15 @@ class CausalNetwork:
 
         return Session(self, rows, self.longest if capacity is None else capacity, cache, spare)
 
+    def library_blocks(self) -> LibraryBlocks:
+        """What of the network the compiled library runs, as it is now: found once, and again after a change."""
+        from layerwise.generate.library_blocks import LibraryBlocks
+
+        found: LibraryBlocks | None = self.__dict__.get("_library_blocks")
+        if found is None or not found.present():
+            found = self.__dict__["_library_blocks"] = LibraryBlocks(self)
+        return found
+
     @cached_property
     def read_bytes(self) -> tuple[int, int]:
         """Bytes of one block (the mean) and of the head: what a pass of one token reads from memory."""
@@ -114,12 +126,19 @@ def causal_network(module: nn.Module) -> CausalNetwork:
 
 @torch.inference_mode()
 def _agrees(network: CausalNetwork) -> bool:
-    """Whether the parts, with a cache, give the scores of the network's own forward."""
+    """Whether the parts, with a cache, give the scores of the network's own forward, from exact activations."""
+    with evaluated(network.module):
+        return _agrees_now(network)
+
+
+def _agrees_now(network: CausalNetwork) -> bool:
+    from layerwise.generate.session import Session
+
     count = min(TRIED, network.longest)
     tokens = (torch.arange(count) * 7919 + 13) % network.words
     own: Tensor = network.module(tokens[None].to(network.device), use_cache=False).logits[0].float()
     try:
-        session = network.session(1, count)
+        session = Session(network, 1, count, by_library=False)
         parts = [session.full(tokens[None, :-1]), session.full(tokens[None, -1:])]
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError):
         return False  # a block wants something else than what it was given
@@ -147,7 +166,9 @@ def _blocks(module: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...]]
             if not isinstance(child, nn.ModuleList) or len(child) <= len(best[1]):
                 continue
             members = tuple(child)
-            if len({type(m) for m in members}) == 1 and any(hasattr(m, "layer_idx") for m in members[0].modules()):
+            if len({plain_class(m) for m in members}) == 1 and any(
+                hasattr(m, "layer_idx") for m in members[0].modules()
+            ):
                 best = parent, members
     return best
 

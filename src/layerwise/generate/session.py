@@ -26,6 +26,7 @@ from torch import Tensor
 
 from layerwise.errors import InputError
 from layerwise.generate.cache import Cache
+from layerwise.generate.library_passes import LibraryPasses
 from layerwise.generate.network import CausalNetwork
 
 
@@ -55,10 +56,19 @@ class Branch:
 class Session:
     """``rows`` texts of at most ``capacity`` tokens each. Call within ``torch.inference_mode()``.
 
-    spare: places in the cache beyond, for nodes of trees.
+    spare:      places in the cache beyond, for nodes of trees.
+    by_library: let the compiled library run the blocks that it is for (``library_blocks.py``), as they are now.
     """
 
-    def __init__(self, network: CausalNetwork, rows: int, capacity: int, cache: str = "16", spare: int = 0) -> None:
+    def __init__(
+        self,
+        network: CausalNetwork,
+        rows: int,
+        capacity: int,
+        cache: str = "16",
+        spare: int = 0,
+        by_library: bool = True,
+    ) -> None:
         if capacity > network.longest:
             raise InputError(
                 f"prompt and new tokens come to {capacity} positions, but this {network.name} was made for "
@@ -68,6 +78,7 @@ class Session:
         self.cache = Cache(network.slots, capacity + spare, cache)
         self.lengths = [0] * rows
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._library = LibraryPasses.of(self) if by_library and cache == "16" else None
 
     # ------------------------------------------------------------ whole passes
 
@@ -91,10 +102,13 @@ class Session:
 
     def full(self, tokens: Tensor) -> Tensor:
         """All blocks over the next ``tokens`` [rows, count]; their scores ``[rows, count, words]``."""
-        starts = self.lengths
-        hidden = self.run(self.embed(tokens, starts), range(len(self.network.blocks)), starts)
+        starts, every = self.lengths, range(len(self.network.blocks))
+        hidden = self.embed(tokens, starts)
+        scores = None if self._library is None else self._library.scores(hidden, starts)
+        if scores is None:
+            scores = self.scores(self.run(hidden, every, starts))
         self.lengths = [n + tokens.shape[1] for n in starts]
-        return self.scores(hidden)
+        return scores
 
     def rollback(self, lengths: Sequence[int]) -> None:
         """Only the first ``lengths`` positions of each row count from now on."""
@@ -117,6 +131,14 @@ class Session:
 
         branch: of a session of one row, whose new positions are nodes of a tree; then ``starts`` does not count.
         """
+        if branch is None and self._library is not None and self._library.takes(hidden):
+            return self._library.run(hidden, blocks, starts)
+        return self.run_by_torch(hidden, blocks, starts, branch)
+
+    def run_by_torch(
+        self, hidden: Tensor, blocks: Iterable[int], starts: Sequence[int], branch: Branch | None = None
+    ) -> Tensor:
+        """The same by the blocks' own modules."""
         network, count = self.network, hidden.shape[1]
         starts = starts if branch is None else [branch.start]
         arguments: dict[str, Any] = {
@@ -140,7 +162,8 @@ class Session:
 
     def scores(self, hidden: Tensor) -> Tensor:
         """Scores ``[rows, count, words]`` behind any block: final norm, then head."""
-        return self.network.scores(hidden)
+        found = None if self._library is None else self._library.head(hidden)
+        return self.network.scores(hidden) if found is None else found
 
     # ------------------------------------------------------------ positions
 
@@ -157,15 +180,25 @@ class Session:
         self, hidden: Tensor, starts: Sequence[int], count: int, branch: Branch | None = None
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[rows or 1, count, width]``, cut out of tables that are made once."""
-        if self._rotary is None:
-            every = torch.arange(self.capacity, device=hidden.device)[None]
-            self._rotary = self.network.rotary(hidden[:1], every)  # type: ignore[misc]
-        cosine, sine = self._rotary
+        cosine, sine = self._tables(hidden)
         if branch is None and len(set(starts)) == 1:
             own = slice(starts[0], starts[0] + count)
             return cosine[:, own], sine[:, own]
         places = self._places(starts, count, branch)
         return cosine[0][places], sine[0][places]
+
+    def _tables(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        if self._rotary is None:
+            every = torch.arange(self.capacity, device=hidden.device)[None]
+            self._rotary = self.network.rotary(hidden[:1], every)  # type: ignore[misc]
+        return self._rotary  # type: ignore[return-value]
+
+    def turns(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of every position ``[capacity, width]``; None for a network without."""
+        if self.network.rotary is None:
+            return None
+        cosine, sine = self._tables(hidden)
+        return cosine[0].contiguous(), sine[0].contiguous()
 
     def _mask(self, starts: Sequence[int], count: int, window: int | None) -> Tensor | None:
         """True where a query sees a key, ``[rows or 1, 1, count, end]``; None where the kernel knows by itself."""

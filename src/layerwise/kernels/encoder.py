@@ -63,15 +63,15 @@ class PackedBlock:
         """What is the same at every call, and where the vectors lie."""
         given = [(b, m.rows) for b, m in zip(self.biases, self.matrices, strict=True)]
         given += [(t, self.width) for norm in self.norms for t in (norm.weight, norm.shift)]
-        if any(t is not None and not _plain(t, size) for t, size in given):
+        if any(t is not None and not plain(t, size) for t, size in given):
             raise ValueError("biases and norms are float32 vectors on the CPU, as long as what they are added to")
         self._places = [(t, t.data_ptr()) for t, _ in given if t is not None]
         first, second = self.norms
         self._described = EncoderBlock(
             width=self.width, heads=self.heads, matrix=tuple(m.handle for m in self.matrices),
-            bias=tuple(_address(b) for b in self.biases),
+            bias=tuple(address(b) for b in self.biases),
             weight=(first.weight.data_ptr(), second.weight.data_ptr()),
-            shift=(_address(first.shift), _address(second.shift)), epsilon=(first.epsilon, second.epsilon),
+            shift=(address(first.shift), address(second.shift)), epsilon=(first.epsilon, second.epsilon),
             scale=self.scale, norms_first=self.norms_first,
         )  # fmt: skip
 
@@ -137,7 +137,7 @@ def takes(x: Tensor, mask: Tensor | None, width: int) -> bool:
     return sides and mask.dtype == torch.bool and mask.device.type == "cpu"
 
 
-def _plain(tensor: Tensor, size: int) -> bool:
+def plain(tensor: Tensor, size: int) -> bool:
     return (
         tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
@@ -146,5 +146,5 @@ def _plain(tensor: Tensor, size: int) -> bool:
     )
 
 
-def _address(tensor: Tensor | None) -> int | None:
+def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

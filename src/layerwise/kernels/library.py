@@ -19,7 +19,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 4  # of the C interface
+VERSION = 5  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
@@ -72,6 +72,31 @@ class EncoderBlock(ctypes.Structure):
     ]  # fmt: skip
 
 
+class DecoderBlock(ctypes.Structure):
+    """One block of ``Decoder``, as ``native/parts.h`` declares it."""
+
+    _fields_ = [
+        ("matrix", ctypes.c_void_p * 7), ("bias", ctypes.c_void_p * 7),
+        ("weight", ctypes.c_void_p * 2), ("shift", ctypes.c_void_p * 2), ("epsilon", ctypes.c_float * 2),
+        ("head_weight", ctypes.c_void_p * 2), ("head_epsilon", ctypes.c_float * 2),
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("window", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class Decoder(ctypes.Structure):
+    """Blocks of a decoder over a cache, as ``native/parts.h`` declares them."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "count", "width", "heads", "groups", "dim", "capacity")),
+        ("blocks", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("block", "x", "y", "starts", "cosine", "sine")),
+        *((name, ctypes.c_int64) for name in ("origin", "turns", "turned")),
+        *((name, ctypes.c_void_p) for name in ("head", "head_bias", "weight", "shift", "scores")),
+        ("epsilon", ctypes.c_float), ("scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("digits", "centred")), ("path", ctypes.c_char_p),
+    ]  # fmt: skip
+
+
 _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_version": (ctypes.c_int32, ()),
     "layerwise_threads": (ctypes.c_char_p, ()),
@@ -101,6 +126,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "layerwise_attend": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_encode": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+    "layerwise_continue": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_read_memory": (
         ctypes.c_uint64,

@@ -53,7 +53,7 @@ def structure_of(block: nn.Module, config: Any) -> BlockStructure:
     seen = torch.ones(SIZES[0], 1, SIZES[1], SIZES[1], dtype=torch.bool)
     seen[1, ..., 4:] = False
     names = {id(module): name for name, module in (*linears, *norms)}
-    with _evaluated(block), torch.no_grad():
+    with evaluated(block), torch.no_grad():
         order, whole = _run(block, x, None, config, names)
         own = [name for name in order if name in dict(linears)]
         kinds = "".join("L" if name in dict(linears) else "N" for name in order)
@@ -164,7 +164,7 @@ def _run(
 
 
 @contextmanager
-def _evaluated(block: nn.Module) -> Iterator[None]:
+def evaluated(block: nn.Module) -> Iterator[None]:
     """The block in evaluation, its products from exact activations."""
     training = [(m, m.training) for m in block.modules()]
     rounded = [(m, m.int8_activations) for m in block.modules() if isinstance(m, Packed)]

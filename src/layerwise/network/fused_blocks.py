@@ -1,4 +1,4 @@
-"""An encoder's blocks by one call of the compiled library each, where they are what it computes.
+"""A network's blocks by one call of the compiled library each, where they are what it computes.
 
 The blocks keep their place, their parameters and their type's base class; only ``forward`` is laid over, and asks at
 every call whether the library is for it. So ``state_dict``, saving, hooks on the block and ``copy.deepcopy`` are as
@@ -24,6 +24,8 @@ from layerwise.kernels.encoder import PackedBlock, takes
 from layerwise.kernels.library import chosen_path
 from layerwise.kernels.matrix import DOT_PATH
 from layerwise.network.block_structure import MASK, BlockStructure, Unfit, packed_block, structure_of
+from layerwise.network.decoder_structure import decoder_structure_of
+from layerwise.network.fused_decoder import FusedDecoder, fused_decoder_class
 from layerwise.network.operators import module_of, register
 from layerwise.network.packed import PackedLinear, kernel_takes
 
@@ -40,10 +42,13 @@ def use_fused_blocks(network: nn.Module) -> FusedBlocks:
     """Make the library compute the transformer blocks of ``network`` whole, where it can.
 
     It takes encoders' blocks whose six linears are packed as integer codes: norms behind (BERT and its kin) or in front
-    (ViT), exact GELU, heads of 32, 64, 96 or 128 features; what does not fit is left to torch and named in the result.
+    (ViT), exact GELU, heads of 32, 64, 96 or 128 features; and decoders' blocks of seven packed linears with rotary
+    attention and a gate of SiLU (``fused_decoder.py``), which run without a cache or over a ``DynamicCache``. What does
+    not fit is left to torch and named in the result.
     At every call torch computes what has gradients, trains, is not float32 on the CPU, has a mask that is not of bools
-    (choose ``sdpa`` or ``use_short_attention``), more than 1024 tokens, arguments beside the mask, hooks inside the
-    block (such as ``output_attentions`` sets), or exact activations on a processor without a dot-product instruction.
+    (choose ``sdpa`` or ``use_short_attention``; a decoder's has none), more than 1024 tokens, other arguments, hooks
+    inside the block (such as ``output_attentions`` sets), or many exact activations on a processor without a
+    dot-product instruction.
 
     Products give the bits that the packed linears give; norms, GELU and attention differ from torch's by the rounding
     of float32. Where inputs are rounded to int8 such a difference may move one to the next whole number, as it may
@@ -61,15 +66,23 @@ def use_fused_blocks(network: nn.Module) -> FusedBlocks:
                 raise Unfit("the compiled kernels are absent or turned off")
             if "adapt" in block.__dict__:
                 raise Unfit("it runs for some tokens or texts only")
-            structure = structure_of(block, _config(block, network))
+            _lay_over(block, _config(block, network))
         except Unfit as why:
             left[path] = str(why)
             continue
-        block.__dict__["_fused"] = Fused(structure)
-        block.__dict__["_number"] = register(block)
-        block.__class__ = fused_class(type(block))  # type: ignore[arg-type]
         fused.append(path)
     return FusedBlocks(tuple(fused), left)
+
+
+def _lay_over(block: nn.Module, config: Any) -> None:
+    """Raises ``Unfit``."""
+    if "position_embeddings" in inspect.signature(block.forward).parameters:
+        block.__dict__["_fused"] = FusedDecoder(decoder_structure_of(block, config), config)
+        block.__class__ = fused_decoder_class(type(block))  # type: ignore[arg-type]
+        return
+    block.__dict__["_fused"] = Fused(structure_of(block, config))
+    block.__dict__["_number"] = register(block)
+    block.__class__ = fused_class(type(block))  # type: ignore[arg-type]
 
 
 def release_fused_blocks(network: nn.Module) -> None:
@@ -78,11 +91,19 @@ def release_fused_blocks(network: nn.Module) -> None:
         _release(module)
 
 
-def _release(block: nn.Module) -> None:
+def plain_class(block: nn.Module) -> type[nn.Module]:
+    """A block's own class, whatever is laid over it."""
     own = type(block).__bases__[0]
-    if "_fused" in block.__dict__ and type(block) is fused_class(own):
-        block.__class__ = own
-        del block.__dict__["_fused"], block.__dict__["_number"]
+    laid_over = "_fused" in block.__dict__ and type(block) in (fused_class(own), fused_decoder_class(own))
+    return own if laid_over else type(block)
+
+
+def _release(block: nn.Module) -> None:
+    own = plain_class(block)
+    if own is not type(block):
+        block.__class__ = own  # type: ignore[assignment]
+        block.__dict__.pop("_number", None)
+        del block.__dict__["_fused"]
 
 
 def _blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:

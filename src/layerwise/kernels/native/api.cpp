@@ -172,7 +172,7 @@ void count_part(void* data, int, int) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 4; }
+LAYERWISE_API int32_t layerwise_version() { return 5; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -310,4 +310,10 @@ LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size,
 LAYERWISE_API int32_t layerwise_encode(const EncoderBlock* block, int64_t size, int32_t threads) {
   if (block == nullptr || size != int64_t(sizeof(EncoderBlock))) return 4;
   return encode(*block, threads);
+}
+
+// See parts.h. 0 done; 1 no such path; 3 no memory; 4 it does not fit together.
+LAYERWISE_API int32_t layerwise_continue(const Decoder* decoder, int64_t size, int32_t threads) {
+  if (decoder == nullptr || size != int64_t(sizeof(Decoder))) return 4;
+  return decode_tokens(*decoder, threads);
 }

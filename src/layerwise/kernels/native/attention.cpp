@@ -16,31 +16,6 @@ namespace {
 
 constexpr int kWide = 32;  // queries at a time, and features
 
-// e^(x - highest) of what is no higher, to about a 10 millionth of it; nothing below e^-87. NaN stays NaN.
-template <class V>
-LAYERWISE_STEP typename V::Floats exponential(typename V::Floats x, typename V::Floats highest) {
-  using Floats = typename V::Floats;
-  const Floats least = V::same(-87.0f);
-  x = x - highest;
-  const auto small = x < least;
-  x = small ? least : x;
-  const Floats shifted = x * 1.44269504f + 12582912.0f;  // the whole number in the low bits
-  const Floats whole = shifted - 12582912.0f;
-  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  typename V::Ints bits;
-  memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits - 0x4b400000 + 127) << 23;
-  Floats power;
-  memcpy(&power, &bits, sizeof(power));
-  return small ? Floats{} : p * power;
-}
-
 struct Room {
   float *queries, *scores, *weights;  // [dim, 32], [keys, 32], [32]: of what the weights sum to, the inverse
 };

@@ -74,21 +74,77 @@ struct EncoderBlock {
 
 int encode(const EncoderBlock& block, int threads);  // 0 done; 1 no such path; 3 no memory; 4 it does not fit together
 
+// Some blocks of a decoder, one behind the other, over a cache of keys and values:
+//
+//     h = x + out(heads(norm(x))),  y = h + down(silu(gate(norm(h))) up(norm(h)))
+//
+// heads: query, key, value; both of the first normed head by head, where there are such norms, and turned by their position; the keys and values of `groups` heads, each for
+// heads / groups queries, are written to the cache where the row begins, and every position sees those up to its own.
+// Behind the last block, where there is a head: scores = head(norm(y)).
+enum DecoderLinear : int32_t { kToQuery, kToKey, kToValue, kFromHeads, kGate, kWiden, kNarrow, kDecoderLinears };
+struct DecoderBlock {
+  const Matrix* matrix[kDecoderLinears];
+  const float* bias[kDecoderLinears];  // each may be null
+  const float *weight[2], *shift[2];   // of the norms, [width]; a shift may be null
+  float epsilon[2];
+  const float* head_weight[2];         // [dim]  of the norms of queries and keys; null: there is none
+  float head_epsilon[2];
+  float *keys, *values;                // [rows, groups, capacity, dim]
+  int64_t window;                      // how many positions are seen, the own one the last; 0: all
+};
+struct Decoder {
+  int64_t rows, count, width, heads, groups, dim, capacity;  // count: new positions of each row
+  int64_t blocks;
+  const DecoderBlock* block;
+  const float* x;                      // [rows, count, width]
+  float* y;                            // the same, or null
+  const int64_t* starts;               // [rows]  where the new positions begin
+  const float *cosine, *sine;          // [turns, turned], of positions from `origin` on; null: nothing is turned
+  int64_t origin, turns, turned;       // turned: features of a head that are, the first ones
+  const Matrix* head;                  // or null
+  const float *head_bias, *weight, *shift;
+  float* scores;                       // [rows, count, rows of the head]
+  float epsilon;                       // of the last norm
+  float scale;                         // of the scores of keys
+  int32_t digits;                      // of the activations, 1 to 3
+  int32_t centred;                     // 1: norms take the mean off first
+  const char* path;
+};
+
+constexpr int kLongestDecoderHead = 256;  // and a multiple of 16, as is the width
+int decode_tokens(const Decoder& decoder, int threads);  // 0 done; 1 no such path; 3 no memory; 4 it does not fit together
+
 // Whole rows of floats, in plain arithmetic and one order: the same bits on every path.
 struct Rows {
   // sum = x + y (either may be null: no y, or the sum is not kept), out = (sum - mean) / deviation * weight + shift
   void (*normalize)(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
                     float epsilon, float* sum, float* out);
+  // the same with no mean taken off, the deviation from zero
+  void (*scale)(const float* x, const float* y, int64_t width, const float* weight, const float* shift, float epsilon,
+                float* sum, float* out);
   void (*add)(const float* x, const float* y, int64_t width, float* out);
   void (*gelu)(float* x, int64_t count);  // the exact one, in place, to 4e-7
+  void (*gated)(const float* x, const float* by, int64_t count, float* out);  // by x / (1 + e^-x)
 };
 const Rows& rows_of(const Path& path);
+
+// Single queries over a cache, in plain arithmetic and one order too.
+struct Heads {
+  // out = x, its first `turned` features (an even number) turned by their angles, times `scale`; x may be out
+  void (*turn)(const float* x, const float* cosine, const float* sine, int64_t turned, int64_t dim, float scale, float* out);
+  // out [dim] = softmax(query keys^T) values of keys and values [count, dim]; scores: room for count and 15 more
+  void (*look)(const float* query, const float* keys, const float* values, int64_t count, int64_t dim, float* scores,
+               float* out);
+};
+const Heads& heads_of(const Path& path);
 
 const Path* path_named(const char* name);  // null: it does not run here
 
 using Body = void (*)(void* data, int part, int parts);
 // Runs body for the parts 0 .. parts-1, at most `threads` of them, on the host's OpenMP threads where it has some.
 void parallel(int threads, Body body, void* data);
+// The same, all parts at one time, so that they may wait for one another. Parts may be fewer than threads.
+void at_once(int threads, Body body, void* data);
 const char* thread_pool();
 
 void* aligned_memory(size_t bytes);  // 64-byte aligned, padded by a line; free with free()

@@ -1,4 +1,4 @@
-// What a transformer block does with rows of floats between its products: sums, layer norms, GELU.
+// What a transformer block does with rows of floats between its products: sums, norms, GELU, gates.
 //
 // Products and sums are rounded by themselves (no fused ones), in one order: all targets give the same bits.
 #include <math.h>
@@ -11,28 +11,15 @@ namespace layerwise {
 
 namespace {
 
-constexpr int kLanes = 16;  // partial sums of a row
-
-// Of lanes 0 .. 15, which lie in vectors one after the other.
-template <class V>
-LAYERWISE_STEP float sum_of(const typename V::Floats* parts) {
-  float lanes[kLanes];
-  memcpy(lanes, parts, sizeof(lanes));
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-  }
-  return lanes[0];
-}
-
 // `width` is a multiple of 16. The row lies in the first cache from the first pass on.
 template <class V>
 LAYERWISE_STEP void normalize(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
                               float epsilon, float* sum, float* out) {
   using Floats = typename V::Floats;
-  constexpr int kParts = kLanes / V::kLanes;
+  constexpr int kParts = kSumLanes / V::kLanes;
   float* kept = sum != nullptr ? sum : out;
   Floats all[kParts] = {}, squares[kParts] = {};
-  for (int64_t i = 0; i < width; i += kLanes) {
+  for (int64_t i = 0; i < width; i += kSumLanes) {
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
       const int64_t at = i + p * V::kLanes;
@@ -43,7 +30,7 @@ LAYERWISE_STEP void normalize(const float* x, const float* y, int64_t width, con
     }
   }
   const float mean = sum_of<V>(all) / float(width);
-  for (int64_t i = 0; i < width; i += kLanes) {
+  for (int64_t i = 0; i < width; i += kSumLanes) {
 #pragma GCC unroll 4
     for (int p = 0; p < kParts; ++p) {
       const Floats v = V::at(kept + i + p * V::kLanes) - mean;
@@ -53,6 +40,32 @@ LAYERWISE_STEP void normalize(const float* x, const float* y, int64_t width, con
   const float inverse = 1.0f / sqrtf(sum_of<V>(squares) / float(width) + epsilon);
   for (int64_t i = 0; i < width; i += V::kLanes) {
     Floats v = (V::at(kept + i) - mean) * inverse * V::at(weight + i);
+    if (shift != nullptr) v += V::at(shift + i);
+    V::store(out + i, v);
+  }
+}
+
+// The same without a mean: sum / sqrt(mean of squares + epsilon) * weight + shift.
+template <class V>
+LAYERWISE_STEP void scale(const float* x, const float* y, int64_t width, const float* weight, const float* shift,
+                          float epsilon, float* sum, float* out) {
+  using Floats = typename V::Floats;
+  constexpr int kParts = kSumLanes / V::kLanes;
+  float* kept = sum != nullptr ? sum : out;
+  Floats squares[kParts] = {};
+  for (int64_t i = 0; i < width; i += kSumLanes) {
+#pragma GCC unroll 4
+    for (int p = 0; p < kParts; ++p) {
+      const int64_t at = i + p * V::kLanes;
+      Floats v = V::at(x + at);
+      if (y != nullptr) v += V::at(y + at);
+      V::store(kept + at, v);
+      squares[p] += v * v;
+    }
+  }
+  const float inverse = 1.0f / sqrtf(sum_of<V>(squares) / float(width) + epsilon);
+  for (int64_t i = 0; i < width; i += V::kLanes) {
+    Floats v = V::at(kept + i) * inverse * V::at(weight + i);
     if (shift != nullptr) v += V::at(shift + i);
     V::store(out + i, v);
   }
@@ -110,16 +123,44 @@ LAYERWISE_STEP void gelu(float* x, int64_t count) {
   }
 }
 
+// x / (1 + e^-x) times `by`. Of e^-|x| no power is too large.
+template <class V>
+LAYERWISE_STEP void gated_at(const float* x, const float* by, float* out) {
+  using Floats = typename V::Floats;
+  const Floats v = V::at(x), zero = {};
+  const Floats e = exponential<V>(zero - V::size(v), zero), one = V::same(1.0f);
+  V::store(out, v * (v < 0.0f ? e : one) / (one + e) * V::at(by));
+}
+
+template <class V>
+LAYERWISE_STEP void gated(const float* x, const float* by, int64_t count, float* out) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= count; i += V::kLanes) gated_at<V>(x + i, by + i, out + i);
+  if (i == count) return;
+  float rows[3][V::kLanes] = {};
+  const size_t left = size_t(count - i) * sizeof(float);
+  memcpy(rows[0], x + i, left), memcpy(rows[1], by + i, left);
+  gated_at<V>(rows[0], rows[1], rows[2]);
+  memcpy(out + i, rows[2], left);
+}
+
 #define ROWS(name, bytes, target)                                                                              \
   target void normalize_##name(const float* x, const float* y, int64_t width, const float* weight,             \
                                const float* shift, float epsilon, float* sum, float* out) {                    \
     normalize<Vector<bytes>>(x, y, width, weight, shift, epsilon, sum, out);                                   \
   }                                                                                                            \
+  target void scale_##name(const float* x, const float* y, int64_t width, const float* weight,                 \
+                           const float* shift, float epsilon, float* sum, float* out) {                        \
+    scale<Vector<bytes>>(x, y, width, weight, shift, epsilon, sum, out);                                       \
+  }                                                                                                            \
   target void add_##name(const float* x, const float* y, int64_t width, float* out) {                          \
     add<Vector<bytes>>(x, y, width, out);                                                                      \
   }                                                                                                            \
   target void gelu_##name(float* x, int64_t count) { gelu<Vector<bytes>>(x, count); }                          \
-  constexpr Rows rows_##name = {normalize_##name, add_##name, gelu_##name}
+  target void gated_##name(const float* x, const float* by, int64_t count, float* out) {                       \
+    gated<Vector<bytes>>(x, by, count, out);                                                                   \
+  }                                                                                                            \
+  constexpr Rows rows_##name = {normalize_##name, scale_##name, add_##name, gelu_##name, gated_##name}
 
 ROWS(portable, 16, );
 #if defined(LAYERWISE_X86)

@@ -66,4 +66,28 @@ void parallel(int threads, Body body, void* data) {
   for (int part = 1; part < running; ++part) started[part].join();
 }
 
+void at_once(int threads, Body body, void* data) {
+  if (threads <= 1 || has_pool()) return parallel(threads, body, data);
+  struct Gate {  // how many there are is known when all have been started
+    Body body;
+    void* data;
+    std::atomic<int> parts;
+  } gate = {body, data, {0}};
+  const auto wait = [](Gate* own, int part) {
+    int parts;
+    while ((parts = own->parts.load(std::memory_order_acquire)) == 0) std::this_thread::yield();
+    own->body(own->data, part, parts);
+  };
+  constexpr int kMost = 256;
+  std::thread started[kMost];
+  int running = 1;
+  try {
+    for (; running < (threads < kMost ? threads : kMost); ++running) started[running] = std::thread(wait, &gate, running);
+  } catch (const std::system_error&) {  // no more threads to be had: fewer parts
+  }
+  gate.parts.store(running, std::memory_order_release);
+  body(data, 0, running);
+  for (int part = 1; part < running; ++part) started[part].join();
+}
+
 }  // namespace layerwise
