@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.encoding.finite import all_finite
 from layerwise.encoding.float8 import float8_above, float8_values, guarded_power
 from layerwise.errors import InputError
 
@@ -135,7 +136,7 @@ def check_weight(weight: Tensor) -> None:
     """Refuse what no grid can hold; raises ``InputError``."""
     if weight.dim() != 2 or min(weight.shape) < 1:
         raise InputError(f"a weight to encode is a matrix [rows, columns], not {list(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise InputError("the weight holds values that are not finite (NaN or infinity)")
 
 
