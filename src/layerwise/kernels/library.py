@@ -19,7 +19,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 4  # of the C interface
+VERSION = 5  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
 KNOWN_PATHS = ("avx512", "avx2", "portable")
 
@@ -101,6 +101,10 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     ),
     "layerwise_attend": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_encode": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
+    **{
+        f"layerwise_{name}": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p))
+        for name in ("best", "nearest", "columns")
+    },
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_read_memory": (
         ctypes.c_uint64,

@@ -40,6 +40,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
 from layerwise.encoding.finite import all_finite
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, round_to_grid, row_pieces
+from layerwise.encoding.grid_loops import round_columns
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 
@@ -178,8 +179,6 @@ def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None
 
 def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Tensor, Tensor]:
     """Codes and D = W' - W, both transposed [n, m], tile by tile."""
-    from layerwise.encoding.loops import round_columns, round_tile
-
     shape = grid[0].shape
     codes, change = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
     for first, last in _blocks(shape[0], block):
@@ -191,6 +190,8 @@ def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Ten
             if rows is None:
                 round_columns(*grid, *tile)
             else:
+                from layerwise.encoding.loops import round_tile
+
                 below = absorbed[:, bottom:] @ rows.upper[top:bottom, bottom:].T  # [width, height]
                 round_tile(*grid, *tile, _tile(rows, top, bottom), below.numpy(), absorbed.numpy())
     return codes, change

@@ -152,7 +152,7 @@ void count_part(void* data, int, int) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 4; }
+LAYERWISE_API int32_t layerwise_version() { return 5; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 
@@ -284,4 +284,29 @@ LAYERWISE_API int32_t layerwise_attend(const Attention* attention, int64_t size,
 LAYERWISE_API int32_t layerwise_encode(const EncoderBlock* block, int64_t size, int32_t threads) {
   if (block == nullptr || size != int64_t(sizeof(EncoderBlock))) return 4;
   return encode(*block, threads);
+}
+
+// Loops of encoders: 0 done; 1 no such path; 4 the caller knows another layout.
+LAYERWISE_API int32_t layerwise_best(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Candidates))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).best(*static_cast<const Candidates*>(given));
+  return 0;
+}
+
+LAYERWISE_API int32_t layerwise_nearest(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Nearest))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).nearest(*static_cast<const Nearest*>(given));
+  return 0;
+}
+
+LAYERWISE_API int32_t layerwise_columns(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Tile))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).columns(*static_cast<const Tile*>(given));
+  return 0;
 }
