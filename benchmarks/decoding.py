@@ -1,4 +1,4 @@
-"""How the loss of 4-bit forms depends on how text is sampled: temperature, top-k, and what is generated.
+"""How the loss of 4-bit forms depends on how text is sampled: temperature, top-k, top-p, and what is generated.
 
     python benchmarks/decoding.py [NETWORK] [--settings nf4:group=64 fp4:group=64 …] [--temperatures 0.1 0.5 1.0]
 
@@ -8,8 +8,8 @@ Every setting is stored uniformly on all linears, tables as 8-bit rows, and read
   logits it is their variance under the dense distribution over 2 T^2, so it falls with T by algebra alone; the column
   *over T=1* says by how much more or less it does.
 - *generated*: continuations of held-out prompts, sampled with the *same* random numbers as the dense network's
-  (Gumbel noise per prompt and step): the share of tokens that agree, the dense network's perplexity of the text, and
-  the share of distinct pairs of tokens.
+  (Gumbel noise per prompt and step; none at temperature 0, which is greedy): the share of tokens that agree, the dense
+  network's perplexity of the text, and the share of distinct pairs of tokens.
 
 Source: Understanding the Impact of Post-Training Quantization on Large Language Models, arXiv 2309.05210, which asks
 this of nf4, fp4 and int8. Its speeds are those of one GPU library and are not asked for here.
@@ -47,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="RECIPE")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0])
     parser.add_argument("--top-k", type=int, nargs="+", default=[0, 10], help="0 = all (%(default)s)")
+    parser.add_argument("--top-p", type=float, nargs="+", default=[1.0], help="1 = all (%(default)s)")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=32, help="new tokens a prompt (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dense = AutoModelForCausalLM.from_pretrained(given.network, dtype=torch.float32).eval()
     windows = held_out(given)
     with torch.inference_mode():
-        forced = teacher_forced(dense, networks, windows, given.temperatures)
+        forced = teacher_forced(dense, networks, windows, [t for t in given.temperatures if t > 0])
         generated = generations(dense, networks, windows[: given.prompts, :16], given)
     name = Path(given.network).name
     tables = [
@@ -118,27 +119,31 @@ def generations(
 ) -> list[dict[str, Any]]:
     rows = []
     for t in given.temperatures:
-        for top_k in given.top_k:
+        for top_k, top_p in itertools.product(given.top_k, given.top_p) if t > 0 else [(1, 1.0)]:
             sums: dict[str, list[float]] = {}
-            for seed in given.seeds:
-                reference = sample(dense, prompts, given.tokens, t, top_k, seed)
+            seeds = given.seeds if t > 0 else given.seeds[:1]
+            for seed in seeds:
+                how = (prompts, given.tokens, t, top_k, top_p, seed)
+                reference = sample(dense, *how)
                 for name, network in {"dense": dense, **networks}.items():
-                    text = reference if name == "dense" else sample(network, prompts, given.tokens, t, top_k, seed)
+                    text = reference if name == "dense" else sample(network, *how)
                     agree = float((text == reference).double().mean())
                     found = [agree, perplexity(dense, prompts, text), distinct_pairs(text)]
                     sums[name] = [a + b for a, b in zip(sums.get(name, [0.0] * 3), found, strict=True)]
             for name, total in sums.items():
-                agree, surprise, distinct = (value / len(given.seeds) for value in total)
+                agree, surprise, distinct = (value / len(seeds) for value in total)
                 rows.append(
                     {
-                        "temperature": t, "top-k": top_k or "all", "setting": name, "same tokens": agree,
-                        "perplexity to dense": surprise, "distinct pairs": distinct,
+                        "temperature": t, "top-k": top_k or "all", "top-p": top_p, "setting": name,
+                        "same tokens": agree, "perplexity to dense": surprise, "distinct pairs": distinct,
                     }
                 )  # fmt: skip
     return rows
 
 
-def sample(network: nn.Module, prompts: Tensor, count: int, temperature: float, top_k: int, seed: int) -> Tensor:
+def sample(
+    network: nn.Module, prompts: Tensor, count: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> Tensor:
     """``count`` tokens after each prompt, by Gumbel noise that depends on seed, prompt and step only."""
     generator = torch.Generator().manual_seed(seed)
     given, cache, found = prompts, None, []
@@ -148,9 +153,21 @@ def sample(network: nn.Module, prompts: Tensor, count: int, temperature: float, 
         noise = -torch.log(-torch.log(torch.rand(logits.shape, generator=generator, dtype=torch.float64) + 1e-300))
         if top_k:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
-        given = (logits / temperature + noise).argmax(-1, keepdim=True)
+        if temperature == 0:
+            given = logits.argmax(-1, keepdim=True)
+        else:
+            given = (nucleus(logits / temperature, top_p) + noise).argmax(-1, keepdim=True)
         found.append(given)
     return torch.cat(found, 1)
+
+
+def nucleus(scores: Tensor, share: float) -> Tensor:
+    """Scores without the words outside the fewest likeliest whose probabilities reach ``share``."""
+    if share >= 1:
+        return scores
+    ordered, order = scores.softmax(-1).sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= share  # what lies before a word is enough already
+    return scores.masked_fill(torch.empty_like(outside).scatter_(-1, order, outside), -torch.inf)
 
 
 def perplexity(dense: nn.Module, prompts: Tensor, text: Tensor) -> float:

@@ -34,7 +34,7 @@ from layerwise.calibrate.passes import Calibration, forward, reverse, reverse_un
 from layerwise.encoding.inputs import InputGrid
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.engine.machine import peak_memory, versions
-from layerwise.engine.memory import give_back
+from layerwise.engine.memory import give_back, large_apart
 from layerwise.engine.progress import Progress, Stopwatch
 from layerwise.errors import InputError
 from layerwise.evaluate.compare import Measured, compare
@@ -70,14 +70,15 @@ def compress(options: Options, progress: Progress | None = None, command: str = 
             "give a --budget such as 4.5bpw, 12MB or 25%, a --quality-loss such as 1%, a --uniform recipe or a --plan"
         )
     watch = Stopwatch(progress)
-    prepared, calibration, fingerprint = start(options, watch, given)
-    try:
-        result = run(prepared, calibration, watch, fingerprint, command)
-    except BaseException:
-        calibration.journal.close()
-        raise
-    calibration.journal.close(remove=options.work is None)
-    return result
+    with large_apart():
+        prepared, calibration, fingerprint = start(options, watch, given)
+        try:
+            result = run(prepared, calibration, watch, fingerprint, command)
+        except BaseException:
+            calibration.journal.close()
+            raise
+        calibration.journal.close(remove=options.work is None)
+        return result
 
 
 def start(options: Options, watch: Stopwatch, given: Given = Given()) -> tuple[Prepared, Calibration, str]:
@@ -218,10 +219,11 @@ def run(prepared: Prepared, calibration: Calibration, watch: Stopwatch, fingerpr
 def measure_candidates(prepared: Prepared, calibration: Calibration, watch: Progress) -> Candidates:
     """The forward and the reverse pass, or what is left of them."""
     options = prepared.options
-    forward(calibration, watch)
     stage, parts = ("uniform", reverse_uniform) if options.uniform else ("candidates", reverse)
     if not predicts(prepared):
         parts = reached_input_parts
+    if predicts(prepared) or any(parse_recipe(recipe).rewrites for recipe in recipes_of(prepared)):
+        forward(calibration, watch)  # else it runs as its inputs are measured; rewrites are tried on them before that
     found = find_candidates(
         calibration, prepared.menu, options.workers, watch, stage, prepared.only, parts,
         keeps_statistics(options, prepared.network), prepared.menu.target is not None,

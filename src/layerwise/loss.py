@@ -16,6 +16,7 @@ distribution (KL), or of the vector's product with a random Gaussian direction (
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from layerwise.errors import InputError
 from layerwise.network.network import Network
 from layerwise.network.streaming import Batch
 
+AT_ONCE = 1 << 20  # scores
 LossName = Literal["token kl", "example kl", "distance"]
 POOLINGS = ("mean", "cls", "max", "lasttoken")
 TOKEN_LOSS = ("ForCausalLM", "LMHeadModel", "ForMaskedLM")
@@ -71,7 +73,8 @@ class Loss:
     def target(self, output: Any, batch: Batch) -> Tensor:
         """What the loss compares: logits ``[tokens, V]`` or ``[texts, classes]``, or unit vectors ``[texts, d]``."""
         if self.kind == "token kl":
-            return output.logits.float()[batch.counted]
+            logits = output.logits.float()
+            return logits.flatten(0, 1) if batch.mask is None else logits[batch.counted]
         if self.kind == "example kl":
             return (output if isinstance(output, Tensor) else output.logits).float()
         return self.pool(output.last_hidden_state.float(), batch)
@@ -102,8 +105,17 @@ class Loss:
         """Loss of each term between two targets, ``[terms]``."""
         if self.kind == "distance":
             return (dense - other).square().sum(-1)
-        p, q = dense.log_softmax(-1), other.log_softmax(-1)
-        return (p.exp() * (p - q)).sum(-1)
+        return torch.cat([_kl(p, q) for p, q in zip(few_rows(dense), few_rows(other), strict=True)])
+
+
+def few_rows(scores: Tensor) -> Iterator[Tensor]:
+    """``[n, V]`` in pieces whose logarithms take little memory beside the scores themselves."""
+    yield from scores.split(max(1, AT_ONCE // max(1, scores.shape[-1])))
+
+
+def _kl(dense: Tensor, other: Tensor) -> Tensor:
+    p, q = dense.log_softmax(-1), other.log_softmax(-1)
+    return (p.exp() * (p - q)).sum(-1)
 
 
 def loss_of_network(network: Network, pooling: str | None) -> Loss:

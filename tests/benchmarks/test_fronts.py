@@ -34,3 +34,15 @@ def test_a_picture_names_every_line_once_a_panel() -> None:
     assert drawn.count("<polyline") == 3
     with pytest.raises(ValueError, match="no point"):
         picture("empty", [("one", {"ours": []})], "ours", "bits")
+
+
+def test_a_nucleus_is_the_fewest_words_that_reach_its_share() -> None:
+    import torch
+    from benchmarks.decoding import nucleus
+
+    scores = torch.log(torch.tensor([[0.15, 0.5, 0.05, 0.3]]))
+    kept = {share: nucleus(scores, share).isfinite().tolist()[0] for share in (0.01, 0.8, 0.81, 1.0)}
+    assert kept[0.01] == [False, True, False, False]
+    assert kept[0.8] == [False, True, False, True]
+    assert kept[0.81] == [True, True, False, True]
+    assert all(kept[1.0])

@@ -1,12 +1,14 @@
 """The comparison with other quantizers: what a peer hands back is counted and decoded here, whoever it is."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.peers import environments, measure
+from benchmarks.peers import environments, measure, speed
 
 WORKERS = Path(environments.__file__).parent / "workers"
 WORKER = """
@@ -90,3 +92,21 @@ def test_every_peer_is_pinned_and_has_its_worker():
 def test_the_reason_is_the_last_line_that_names_an_error():
     assert environments.reason("x\nRuntimeError: no accelerator\n  at line 3\n") == "RuntimeError: no accelerator"
     assert environments.reason("") == "it said nothing"
+
+
+def test_a_process_is_timed_with_its_own_memory(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    timer = Path(speed.__file__).with_name("timed.py")
+    program = "import sys; held = bytearray(60_000_000); sys.exit(3)"
+    done = subprocess.run([sys.executable, "-S", str(timer), str(report), sys.executable, "-S", "-c", program])
+    found = json.loads(report.read_text())
+    assert done.returncode == 3
+    assert 60e6 < found["peak"] < 120e6 and found["cpu"] > 0 and found["seconds"] < 60
+
+
+def test_a_row_holds_medians_and_shares_of_the_peer() -> None:
+    runs = [{"seconds": s, "cpu": 2 * s, "peak": 3e8, "bytes": 5e7} for s in (9.0, 1.0, 4.0)]
+    peer = [{"seconds": s, "cpu": s, "peak": 6e8, "bytes": 1e8} for s in (8.0, 8.0, 100.0)]
+    row = speed.row("ours", runs, peer)
+    assert (row["wall s"], row["cpu s"], row["peak MB"], row["file MB"]) == (4.0, 8.0, 300, 50.0)
+    assert (row["of its wall"], row["of its cpu"], row["of its peak"]) == (0.5, 1.0, 0.5)

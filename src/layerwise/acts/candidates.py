@@ -24,7 +24,7 @@ from layerwise.acts.rewriting import (
     encoder_of,
     keep_alternative,
 )
-from layerwise.calibrate.inputs import input_parts
+from layerwise.calibrate.inputs import input_parts, reached_input_parts
 from layerwise.calibrate.kept import save_statistics
 from layerwise.calibrate.passes import Calibration, Fitted, Part, reverse
 from layerwise.calibrate.statistics import SiteStatistics, merged
@@ -76,7 +76,8 @@ def find_candidates(
     if asked and not finished:
         rewriter.refuse_impossible(asked)
     draft = parts is reverse  # what a plan chooses of these is encoded again
-    title = "reverse pass and encoding" if parts is not input_parts else "baseline"
+    titles: dict[object, str] = {input_parts: "baseline", reached_input_parts: "forward pass and encoding"}
+    title = titles.get(parts, "reverse pass and encoding")
     with progress.stage(title, len(calibration.units())) as advance:
         for _ in finished:
             advance()
@@ -213,14 +214,18 @@ def encode_alternative(
 ) -> None:
     """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry."""
     sites = {s.name: s for s in sites_of(network, part)}
-    weights = alternative.weights if alternative else {name: network.read_site(site) for name, site in sites.items()}
+    weights = dict(alternative.weights) if alternative else {}
     measured = alternative.sites if alternative else part.sites
     tasks = [(name, recipe) for name in sites for recipe in recipes[name]]
+
+    def weight_of(name: str) -> Tensor:
+        """A site's matrix, in memory from its first recipe to its last."""
+        return weights[name] if name in weights else weights.setdefault(name, network.read_site(sites[name]))
 
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        return encode_candidate(name, weights[name], recipe, fit, judge, draft)
+        return encode_candidate(name, weight_of(name), recipe, fit, judge, draft)
 
     wanted = all_places if all_kept else non_dominated
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
@@ -229,7 +234,8 @@ def encode_alternative(
         found[name].append(encoding)
         if len(found[name]) == len(recipes[name]):
             file = encodings_file(folder, name, label)
-            removed = damage(weights[name], statistics_at(measured, sites[name])[1])
+            removed = damage(weight_of(name), statistics_at(measured, sites[name])[1])
+            weights.pop(name)
             sound = worthwhile(name, found.pop(name), removed)
             kept = keep(sites[name], sound, part, file, largest_file(network), wanted)
             if name in entry:

@@ -12,6 +12,7 @@ from typing import Any
 
 from layerwise.acts.disk import disk_needed
 from layerwise.acts.prepare import Options, Prepared, longest, prepare, recipes_for
+from layerwise.acts.wanted import predicts
 from layerwise.calibrate.reverse import DRAWS
 from layerwise.calibrate.splits import tokens_in
 from layerwise.network.network import output_width
@@ -83,7 +84,8 @@ def seconds_needed(prepared: Prepared) -> float:
     network, options = prepared.network, prepared.options
     linears = sum(s.parameters for s in network.tree.sites if s.kind in ("linear", "head") or s.head)
     fitted = tokens_in((*prepared.splits.fit, *prepared.splits.judge))
-    passes = 2 * linears * (tokens_in(prepared.splits.all) + fitted * (1 + DRAWS))
+    backwards = fitted * (1 + DRAWS) if predicts(prepared) else 0
+    passes = 2 * linears * (tokens_in(prepared.splits.all) + backwards)
     passes += 2 * linears * tokens_in(prepared.evaluation.batches) * 3
     if options.tune:
         tuner = parse_tuner(options.tune)

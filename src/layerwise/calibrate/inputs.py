@@ -1,20 +1,34 @@
-"""Input statistics alone, from one forward pass over stored block inputs: all that plain baselines need.
+"""Input statistics alone, from the forward pass itself: all that a uniform setting without gradients needs.
 
+Each block runs once: what it hands on goes to disk unless it is there already, and its linears' inputs are summed on
+the way. Of what follows the blocks only as much runs as has linears; the product with the vocabulary has no part in it.
 Every calibration token counts, whatever its split; gradients are taken as alike in every direction.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 
 import torch
+from torch import Tensor, nn
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.experts import with_average
 from layerwise.calibrate.forward import learn_output_shape
 from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import observing
-from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Fitted, Part
+from layerwise.calibrate.passes import (
+    TABLES,
+    TAIL,
+    Calibration,
+    Fitted,
+    Part,
+    enter_first,
+    note_reached,
+    reached,
+    unit_name,
+)
 from layerwise.calibrate.reverse import DRAWS, SplitMoments, add_inputs, reverse_tail, unreached_sites
 from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
 from layerwise.calibrate.whole import watch_whole
@@ -24,7 +38,7 @@ from layerwise.network.streaming import Streamer, rows_at_once
 
 
 def input_parts(calibration: Calibration, finished: Collection[str], apart: bool = False) -> Iterator[Part]:
-    """Every unit that is not finished, with ``H`` of its sites; in the order of the reverse pass.
+    """Every unit that is not finished, with ``H`` of its sites, in the order of the forward pass.
 
     apart: name the sites after the blocks that the loss does not reach, instead of measuring them.
     """
@@ -35,21 +49,27 @@ def input_parts(calibration: Calibration, finished: Collection[str], apart: bool
             yield Part(TAIL, {s.name: _alike(s, moments) for s in network.tree.sites}, frozenset())
         return
     streamer = Streamer(network, device=calibration.device, parts=True)
-    for unit in calibration.units():
-        if unit in finished:
-            continue
-        if unit == TABLES:
-            sites = [s for s in network.tree.sites if s.kind == "table"]
-        else:
-            blocks = [None] if unit == TAIL else network.parts[_part(calibration, unit)]
-            sites = [s for b in blocks for s in network.tree.of_block(b) if s.kind in ("linear", "head")]
-        wanted = Wanted(largest=calibration.wanted.largest)
-        moments = SplitMoments(frozenset(s.name for s in sites), wanted=wanted)
-        if unit != TABLES:
-            _watch(calibration, streamer, unit, sites, moments)
-        lost = lost_in_tail(calibration, streamer, sites) if unit == TAIL and apart else frozenset()
-        reached = [s for s in sites if s.name not in lost]
-        yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in reached}, reached), lost)
+    enter_first(calibration, streamer)
+    for index, blocks in enumerate(network.parts):
+        unit = unit_name(blocks)
+        if unit not in finished or not reached(calibration, index + 1):
+            sites = [s for block in blocks for s in network.tree.of_block(block) if s.kind == "linear"]
+            moments = _moments(calibration, sites)
+            _watch_block(calibration, streamer, index, moments)
+            if unit not in finished:
+                yield Part(unit, _experts_filled({s.name: _alike(s, moments) for s in sites}, sites), frozenset())
+            del moments  # as large as the block's statistics: never two at a time
+    if TAIL not in finished:
+        sites = [s for s in network.tree.of_block(None) if s.kind in ("linear", "head")]
+        lost = lost_in_tail(calibration, streamer, sites) if apart else frozenset()
+        sites = [s for s in sites if s.name not in lost]
+        moments = _moments(calibration, sites)
+        if sites:
+            _watch_tail(calibration, streamer, sites, moments)
+        yield Part(TAIL, {s.name: _alike(s, moments) for s in sites}, lost)
+    if TABLES not in finished:
+        nothing = SplitMoments(frozenset())
+        yield Part(TABLES, {s.name: _alike(s, nothing) for s in network.tree.sites if s.kind == "table"}, frozenset())
 
 
 def reached_input_parts(calibration: Calibration, finished: Collection[str]) -> Iterator[Part]:
@@ -69,38 +89,87 @@ def lost_in_tail(calibration: Calibration, streamer: Streamer, sites: list[Site]
     return frozenset(unreached_sites(found, names))
 
 
+def _moments(calibration: Calibration, sites: list[Site]) -> SplitMoments:
+    return SplitMoments(frozenset(s.name for s in sites), wanted=Wanted(largest=calibration.wanted.largest))
+
+
 @torch.inference_mode()
-def _watch(calibration: Calibration, streamer: Streamer, unit: str, sites: list[Site], moments: SplitMoments) -> None:
+def _watch_block(calibration: Calibration, streamer: Streamer, index: int, moments: SplitMoments) -> None:
+    """Run a block, or a part, on every batch; write what it hands on unless that is there."""
     network, batches, inputs = calibration.network, calibration.splits.all, calibration.inputs()
-    if unit == TAIL:
-        width = output_width(network)
-        with streamer.tail() as leave, observing(network.module, {s.name: s.name for s in sites}) as observer:
-            for i, batch in enumerate(batches):
-                stored = inputs[-1].read(i)
-                for start, stop in rows_at_once(batch, width):
-                    part = batch.rows(start, stop)
-                    leave(part, stored[start:stop].to(streamer.device))
-                    add_inputs(moments, observer.seen, part)
-                    observer.seen.clear()
-        return
-    index = _part(calibration, unit)
-    names, uses = {s.name: s.name for s in sites}, network.arrangement is not None
+    names, uses = {name: name for name in moments.whole}, network.arrangement is not None
     learn_output_shape(streamer, batches[0], inputs[0])
+    at = 0
+
+    def add() -> None:
+        add_inputs(moments, observer.seen, batches[at], observer.routed)
+        observer.clear()
+
     with (
         streamer.block(index) as block,
         streamer.head_of_network() as enter,
-        observing(network.module, names, uses=uses) as observer,
+        observing(network.module, names, uses=uses, full=add) as observer,
     ):
-        for i, batch in enumerate(batches):
-            streamer.run_block(block, inputs[index].read(i).to(streamer.device), enter(batch, index)[1])
-            add_inputs(moments, observer.seen, batch, observer.routed)
-            observer.clear()
+
+        def run() -> Iterator[Tensor]:
+            nonlocal at
+            for at, batch in enumerate(batches):
+                call = enter(batch, index)[1]
+                out = streamer.run_block(block, inputs[index].read(at).to(streamer.device), call)
+                add()
+                yield out
+
+        if reached(calibration, index + 1):
+            for _ in run():
+                pass
+            return
+        inputs[index + 1].write(run())
+    note_reached(calibration, index + 1)
 
 
-def _part(calibration: Calibration, unit: str) -> int:
-    """Which part a unit between tail and tables is."""
-    units = calibration.units()
-    return len(units) - 2 - units.index(unit)
+@torch.inference_mode()
+def _watch_tail(calibration: Calibration, streamer: Streamer, sites: list[Site], moments: SplitMoments) -> None:
+    """Run what comes after the blocks as far as the head, which is not multiplied with."""
+    network, inputs = calibration.network, calibration.inputs()[-1]
+    width = output_width(network)
+    linears = {s.name: s.name for s in sites if s.kind == "linear"}
+    head = next((s.name for s in sites if s.kind == "head"), None)
+    learn_output_shape(streamer, calibration.splits.all[0], inputs)
+    with (
+        streamer.tail(with_head=head is None) as leave,
+        observing(network.module, linears) as observer,
+        stopped_before(network.module, head, observer.seen),
+    ):
+        for i, batch in enumerate(calibration.splits.all):
+            stored = inputs.read(i)
+            for start, stop in rows_at_once(batch, width):
+                part = batch.rows(start, stop)
+                with contextlib.suppress(_AtHead):
+                    leave(part, stored[start:stop].to(streamer.device))
+                add_inputs(moments, observer.seen, part)
+                observer.seen.clear()
+
+
+class _AtHead(Exception):
+    """Leaves the network's forward where the head would begin."""
+
+
+@contextlib.contextmanager
+def stopped_before(module: nn.Module, head: str | None, seen: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Note what the head is given and raise ``_AtHead`` instead of running it; nothing without a head."""
+    if head is None:
+        yield
+        return
+
+    def stop(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+        seen[head] = (given[0], given[0])  # in the place of its output, of which only gradients would be taken
+        raise _AtHead
+
+    handle = module.get_submodule(head).register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _alike(site: Site, moments: SplitMoments) -> Fitted:

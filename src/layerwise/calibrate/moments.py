@@ -1,7 +1,8 @@
 """Second moments, gathered batch by batch in a fixed order.
 
 ``E[x x^T]`` over the tokens that are not padding; a side wider than ``LARGEST_FULL_SIDE`` keeps its diagonal. Sums
-are float32 matrix products added in float32, in the order of the batches, so that they repeat bit for bit.
+are float32 matrix products added in float32, in the order of the batches, so that they repeat bit for bit. A sum is
+symmetric, so only what lies on and right of its diagonal is multiplied, in panels of rows; the rest is copied once.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, Importance, Wanted, mean_diagonal
 
+PANEL = 192  # rows of a sum that are multiplied at a time; fewer multiply slower, more repeat more of the triangle
 TOKENS_PER_INPUT = 2  # fewer tokens than this times the width leave a second moment poorly known
 
 
@@ -22,7 +24,8 @@ class Moment:
 
     def __init__(self, width: int, only_diagonal: bool = False, wanted: Wanted = Wanted()) -> None:
         self.only_diagonal = only_diagonal or width > LARGEST_FULL_SIDE
-        self.sum = torch.zeros(width) if self.only_diagonal else torch.zeros(width, width)
+        with torch.inference_mode(False):  # an ordinary tensor, which may be divided in place wherever it is
+            self.sum = torch.zeros(width) if self.only_diagonal else torch.zeros(width, width)
         self.absolute = torch.zeros(width)
         self.count = 0
         self.closed = False
@@ -38,17 +41,26 @@ class Moment:
         if self.only_diagonal:
             self.sum += vectors.square().sum(0).cpu()
         elif self.sum.device == vectors.device:
-            self.sum.addmm_(vectors.T, vectors)
+            for start in range(0, len(self.sum), PANEL):
+                panel = slice(start, start + PANEL)
+                self.sum[panel, start:].addmm_(vectors[:, panel].T, vectors[:, start:])
         else:
             self.sum += (vectors.T @ vectors).cpu()
         self.absolute += vectors.abs().sum(0).cpu()
         self.count += len(vectors)
 
+    def total(self) -> Tensor:
+        """The sum, whole: what lies left of its diagonal is copied from the right."""
+        if not self.only_diagonal:
+            for start in range(0, len(self.sum), PANEL):
+                stop = min(start + PANEL, len(self.sum))
+                self.sum[stop:, start:stop] = self.sum[start:stop, stop:].T
+        return self.sum
+
     def mean(self) -> Tensor:
         """The moment. Divides the sum in place, so nothing may be added afterwards and memory is not taken twice."""
         if not self.closed:
-            count = max(1, self.count)
-            self.sum = self.sum / count if self.sum.is_inference() else self.sum.div_(count)
+            self.sum = self.total().div_(max(1, self.count))
             self.closed = True
         return self.sum
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,23 @@ class Observer:
     uses:  note a linear that runs several times in a forward once a use, as ``name``, ``name@1``, … (``site_of``);
            otherwise the latest counts.
     apart: let the network go on from a copy everywhere, since it may overwrite in place what it was given.
+    full:  called when what is noted was all given the same tensor and another one comes, so that the inputs of a whole
+           block are not in memory together; it takes what it wants of ``seen``, where outputs have no rows, and calls
+           ``clear``.
     """
 
-    def __init__(self, module: nn.Module, names: dict[str, str], apart: bool = False, uses: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: dict[str, str],
+        apart: bool = False,
+        uses: bool = False,
+        full: Callable[[], None] | None = None,
+    ) -> None:
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
         self.routed: dict[str, Tensor] = {}
-        self.apart, self.uses = apart, uses
+        self.apart, self.uses, self.full = apart, uses, full
+        self.latest: Tensor | None = None  # what the latest linear was given
         self.experts = {name: parent for path, name in names.items() if (parent := expert_above(module, path))}
         self.handles = [
             module.get_submodule(path).register_forward_hook(self._note(name)) for path, name in names.items()
@@ -36,6 +47,9 @@ class Observer:
 
     def _note(self, site: str):  # type: ignore[no-untyped-def]
         def hook(member: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if self.full is not None and self.latest is not None and self.latest.data_ptr() != given[0].data_ptr():
+                self.full()
+            self.latest = given[0] if self.full is not None else None
             name = self._next_use(site) if self.uses else site
             if site in self.experts:
                 self.routed[name] = self.experts[site].tokens  # type: ignore[assignment]
@@ -44,7 +58,9 @@ class Observer:
                 self.seen[name] = (patches(member, given[0].detach()), rows)
                 return rows.transpose(1, 2).unflatten(2, output.shape[2:]).contiguous().clone()
             if not self.apart:
-                self.seen[name] = (given[0], output)
+                # An output that nobody will look at is as large as all else in the block.
+                width = output.shape[-1]
+                self.seen[name] = (given[0], output if self.full is None else output.new_empty(0, width))
                 return None
             rows = output.flatten(1, -2) if output.dim() > 3 else output
             x = given[0].detach().clone()
@@ -58,7 +74,8 @@ class Observer:
         return next(name for name in names if name not in self.seen)
 
     def clear(self) -> None:
-        """Forget the latest forward: the next one may send nothing to some expert."""
+        """Forget what is noted: the next forward may send nothing to some expert."""
+        self.latest = None
         self.seen.clear()
         self.routed.clear()
 
@@ -86,8 +103,14 @@ def patches(convolution: nn.Conv2d, images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def observing(module: nn.Module, names: dict[str, str], apart: bool = False, uses: bool = False) -> Iterator[Observer]:
-    observer = Observer(module, names, apart, uses)
+def observing(
+    module: nn.Module,
+    names: dict[str, str],
+    apart: bool = False,
+    uses: bool = False,
+    full: Callable[[], None] | None = None,
+) -> Iterator[Observer]:
+    observer = Observer(module, names, apart, uses, full)
     try:
         yield observer
     finally:

@@ -114,15 +114,31 @@ def forward(calibration: Calibration, progress: Progress) -> None:
     streamer = Streamer(calibration.network, device=calibration.device, parts=True)
     batches, at = calibration.splits.all, calibration.inputs()
     with progress.stage("forward pass", len(blocks) + 1) as advance:
-        for index in range(len(blocks) + 1):
-            if not (calibration.journal.has(f"forward/{index}") and at[index].complete):
-                if index == 0:
-                    enter_network(streamer, batches, at[0])
-                else:
-                    forward_block(streamer, index - 1, batches, at[index - 1], at[index])
-                if not calibration.journal.has(f"forward/{index}"):
-                    calibration.journal.record(f"forward/{index}", None)
+        enter_first(calibration, streamer)
+        advance()
+        for index in range(1, len(blocks) + 1):
+            if not reached(calibration, index):
+                forward_block(streamer, index - 1, batches, at[index - 1], at[index])
+                note_reached(calibration, index)
             advance()
+
+
+def enter_first(calibration: Calibration, streamer: Streamer) -> None:
+    """Write the first block's inputs, unless they are there."""
+    if not reached(calibration, 0):
+        enter_network(streamer, calibration.splits.all, calibration.inputs()[0])
+        note_reached(calibration, 0)
+
+
+def reached(calibration: Calibration, index: int) -> bool:
+    """Whether the hidden states at a boundary are on disk, as the journal says and as the file is."""
+    return calibration.journal.has(f"forward/{index}") and calibration.inputs()[index].complete
+
+
+def note_reached(calibration: Calibration, index: int) -> None:
+    """Journal that the hidden states at a boundary are on disk."""
+    if not calibration.journal.has(f"forward/{index}"):
+        calibration.journal.record(f"forward/{index}", None)
 
 
 def reverse(calibration: Calibration, finished: Collection[str], uniform: bool = False) -> Iterator[Part]:
@@ -242,7 +258,7 @@ def _keep_tail(network: Network, found: dict[str, SplitMoments], file: Path) -> 
         values[f"{split}.terms"] = torch.tensor(moments.terms)
         if tied:
             watched = moments.sites[tied]
-            values[f"{split}.inputs"] = watched.inputs.sum
+            values[f"{split}.inputs"] = watched.inputs.total()
             values[f"{split}.input_count"] = torch.tensor(watched.inputs.count)
             values[f"{split}.absolute"] = watched.inputs.absolute
             values[f"{split}.curvature"] = watched.gradients.mean()

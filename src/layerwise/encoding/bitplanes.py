@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 LAYOUT_VERSION = 1
+PACKED_AT_ONCE = 1 << 21  # codes; their planes are as large again
 
 
 def plane_widths(bits: int) -> tuple[int, ...]:
@@ -36,6 +37,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """``codes`` [rows, columns] uint8, each below ``2**bits``  ->  [rows, row_bytes] uint8."""
     rows, columns = codes.shape
     packed = torch.zeros(rows, row_bytes(columns, bits), dtype=torch.uint8, device=codes.device)
+    step = max(1, PACKED_AT_ONCE // max(1, columns))
+    for start in range(0, rows, step):
+        _pack(codes[start : start + step], bits, packed[start : start + step])
+    return packed
+
+
+def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
+    """Add the bits of ``codes`` to rows of zeros."""
+    columns = codes.shape[1]
     first_byte = shift = 0
     for width in plane_widths(bits):
         per_byte = 8 // width
@@ -47,7 +57,6 @@ def pack(codes: Tensor, bits: int) -> Tensor:
             target[:, : part.shape[1]] |= part << (place * width)
         first_byte += size
         shift += width
-    return packed
 
 
 def unpack(packed: Tensor, columns: int, bits: int) -> Tensor:

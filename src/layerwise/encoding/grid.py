@@ -33,7 +33,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.encoding.finite import all_finite
 from layerwise.encoding.float8 import float8_above, float8_values, guarded_power
+from layerwise.encoding.grid_loops import best_candidates, nearest_codes
 from layerwise.errors import InputError
 
 SHRINKS = tuple(1.0 - 0.02 * k for k in range(32))  # factors of the clip search: 1.00, 0.98, .. 0.38
@@ -135,7 +137,7 @@ def check_weight(weight: Tensor) -> None:
     """Refuse what no grid can hold; raises ``InputError``."""
     if weight.dim() != 2 or min(weight.shape) < 1:
         raise InputError(f"a weight to encode is a matrix [rows, columns], not {list(weight.shape)}")
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise InputError("the weight holds values that are not finite (NaN or infinity)")
 
 
@@ -170,15 +172,19 @@ def fit_grid(
 
 def round_to_grid(weight: Tensor, fitted: FittedGrid) -> Tensor:
     """Codes of the nearest grid points, ties to the even level: uint8 [rows, columns]."""
-    from layerwise.encoding.loops import nearest_codes, nearest_codes_float_zero
-
-    loop = nearest_codes_float_zero if fitted.grid.float_zero else nearest_codes
     codes = np.empty(tuple(weight.shape), np.uint8)
-    groups = group_of(fitted.columns, fitted.grid).numpy()
+    width, top = fitted.grid.width(fitted.columns), float(fitted.grid.top)
     for rows in row_pieces(*weight.shape):
         part = fitted.select(rows)
         values = weight[rows].detach().float().contiguous().numpy()
-        loop(values, part.steps().numpy(), part.zeros().numpy(), groups, float(fitted.grid.top), codes[rows])
+        steps, zeros = part.steps().contiguous().numpy(), part.zeros().contiguous().numpy()
+        if fitted.grid.float_zero:
+            from layerwise.encoding.loops import nearest_codes_float_zero
+
+            groups = group_of(fitted.columns, fitted.grid).numpy()
+            nearest_codes_float_zero(values, steps, zeros, groups, top, codes[rows])
+        else:
+            nearest_codes(values, steps, zeros, width, top, codes[rows])
     return torch.from_numpy(codes)
 
 
@@ -308,8 +314,6 @@ def _zero(low: Tensor, step: Tensor, grid: Grid) -> Tensor:
 
 def _search(weight: Tensor, importance: Tensor | None, step: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """The candidate of least weighted error for each group, int64 [rows, groups]."""
-    from layerwise.encoding.loops import best_candidates
-
     best = np.empty(tuple(step.shape[:2]), np.int64)
     weights = (torch.ones(weight.shape[1]) if importance is None else importance).numpy()
     values = weight.detach().contiguous().numpy()

@@ -1,14 +1,38 @@
 """Memory that was freed goes back to the system between blocks.
 
 The C library keeps what is freed for the next request, in a pool for each thread. A run that works block after block
-would carry the largest of every pool along, and the resident set would tell of the past instead of the present.
+would carry the largest of every pool along, and the resident set would tell of the past instead of the present. Large
+tensors are best kept out of the pools altogether: the library begins with that and gives it up as soon as one is freed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+
+LARGE = 2 << 20  # bytes; smaller tensors come and go too often to be asked of the system each time
+LARGEST = 32 << 20  # what the library may go up to by itself
+MMAP_THRESHOLD = -3  # of malloc.h
+
+
+@contextlib.contextmanager
+def large_apart() -> Iterator[None]:
+    """Have every large tensor taken from the system and returned to it when it is freed, where glibc allocates.
+
+    Afterwards the largest are kept again, as in any program that has worked with such tensors: it is faster.
+    """
+    _set_threshold(LARGE)
+    try:
+        yield
+    finally:
+        _set_threshold(LARGEST)
+
+
+def _set_threshold(size: int) -> None:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
 
 
 def give_back() -> None:

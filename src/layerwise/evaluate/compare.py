@@ -17,7 +17,7 @@ from torch import Tensor
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.forward import boundaries, enter_network, forward_block
-from layerwise.loss import Loss
+from layerwise.loss import Loss, few_rows
 from layerwise.network.artifact import Artifact
 from layerwise.network.module import running
 from layerwise.network.network import Network, hidden_width, output_width
@@ -192,12 +192,14 @@ class Sums:
             self.dense_right += int((dense.argmax(-1) == labels).sum())
         if loss.causal and batch.mask is None:
             sequences, length = batch.tokens.shape
-            follows = batch.tokens[:, 1:].reshape(-1).to(other.device)
+            follows = batch.tokens.roll(-1, 1).reshape(-1, 1).to(other.device)
             keep = (torch.arange(sequences * length) % length != length - 1).to(other.device)
             for logits, attribute in ((other, "likelihood"), (dense, "dense_likelihood")):
-                scores = logits[keep].log_softmax(-1).gather(1, follows[:, None])
+                parts = list(few_rows(logits))
+                after = follows.split(len(parts[0]))
+                scores = torch.cat([p.log_softmax(-1).gather(1, f) for p, f in zip(parts, after, strict=True)])[keep]
                 setattr(self, attribute, getattr(self, attribute) + float(scores.double().sum()))
-            self.predicted += len(follows)
+            self.predicted += int(keep.sum())
 
     def measured(self, loss: Loss) -> Measured:
         metrics = {

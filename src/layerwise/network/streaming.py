@@ -26,6 +26,7 @@ from layerwise.network.skeleton import materialised, parameter_owners
 from layerwise.network.stand_in import Passing, StandIn
 
 ROWS_FROM_DISK = 32 << 20  # a table with more float32 bytes than this is looked up row by row from the file
+ROWS_REMEMBERED = 16 << 20  # bytes of such rows that are kept for the next look-up
 
 
 class Weights(Protocol):
@@ -85,17 +86,47 @@ class _Recorder(StandIn):
         return self.returned(hidden)
 
 
+class _Rows:
+    """Rows of a parameter, read from where it lies when they are first looked up.
+
+    A text has few of a table's words, and every block is entered with the same texts. What is remembered stays below
+    ``ROWS_REMEMBERED`` bytes; what would lie above is read anew each time. Stored weights may change while a streamer
+    is in use, so only the checkpoint's own are remembered.
+    """
+
+    def __init__(self, weights: Weights, parameter: str, count: int, remembered: bool) -> None:
+        self.weights, self.parameter, self.remembered = weights, parameter, remembered
+        with torch.inference_mode(False):  # ordinary tensors: some look-ups happen where gradients are taken
+            self.place = torch.full((count,), -1)  # of each row among the remembered ones
+        self.rows: Tensor | None = None
+
+    @torch.inference_mode(False)
+    def read(self, index: Tensor) -> Tensor:
+        """Rows at a 1-D index without repetitions."""
+        new = index[self.place[index] < 0]
+        if len(new):
+            if not self.remembered:
+                return self.weights.read_rows(self.parameter, index)
+            found = self.weights.read_rows(self.parameter, new)
+            known = 0 if self.rows is None else len(self.rows)
+            if (known + len(new)) * found.shape[1] * found.element_size() > ROWS_REMEMBERED:
+                return self.weights.read_rows(self.parameter, index)
+            self.rows = found if self.rows is None else torch.cat([self.rows, found])
+            self.place[new] = torch.arange(known, known + len(new))
+        return self.weights.read_rows(self.parameter, index) if self.rows is None else self.rows[self.place[index]]
+
+
 class _RowsFromDisk(nn.Module):
     """An embedding whose rows are read when they are looked up."""
 
-    def __init__(self, weights: Weights, parameter: str, like: nn.Module) -> None:
+    def __init__(self, rows: _Rows, like: nn.Module) -> None:
         super().__init__()
-        self.weights, self.parameter = weights, parameter
+        self.rows = rows
         object.__setattr__(self, "like", like)
 
     def forward(self, index: Tensor) -> Tensor:
         distinct, position = index.unique(return_inverse=True)
-        rows = self.weights.read_rows(self.parameter, distinct)[position]
+        rows = self.rows.read(distinct.cpu()).to(index.device)[position]
         # Gemma-like tables scale what they look up; the factor is the table's own attribute.
         factor = getattr(object.__getattribute__(self, "like"), "embed_scale", None)
         return rows if factor is None else rows * factor
@@ -140,6 +171,7 @@ class Streamer:
         )
         self.device = torch.device(device)
         self.tuple_length: int | None = None
+        self.rows: dict[str, _Rows] = {}  # of tables that are not read whole
 
     # ------------------------------------------------------------ blocks
 
@@ -203,9 +235,12 @@ class Streamer:
     # ------------------------------------------------------------ after the blocks
 
     @contextlib.contextmanager
-    def tail(self) -> Iterator[Callable[[Batch, Tensor], Any]]:
-        """Yields ``run(batch, hidden n) -> the network's output object``, head and outer weights in memory."""
-        with self._outer(with_head=True):
+    def tail(self, with_head: bool = True) -> Iterator[Callable[[Batch, Tensor], Any]]:
+        """Yields ``run(batch, hidden n) -> the network's output object``, head and outer weights in memory.
+
+        with_head: who does not let the forward come as far as the head can do without its weights.
+        """
+        with self._outer(with_head):
             yield self._leave
 
     def _leave(self, batch: Batch, hidden: Tensor) -> Any:
@@ -253,7 +288,9 @@ class Streamer:
             yield
 
     def _rows_from_disk(self, site: Site) -> nn.Module:
-        return _RowsFromDisk(self.weights, site.parameter, self.network.module.get_submodule(site.name))
+        if site.parameter not in self.rows:
+            self.rows[site.parameter] = _Rows(self.weights, site.parameter, site.rows, self.weights is self.network)
+        return _RowsFromDisk(self.rows[site.parameter], self.network.module.get_submodule(site.name))
 
     @contextlib.contextmanager
     def _blocks_replaced(self, stand_in: Callable[[int, nn.Module], nn.Module]) -> Iterator[None]:

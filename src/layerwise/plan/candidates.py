@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
+from layerwise.encoding.encoded import Encoded, Layout, PackedRows, layout_bytes
 from layerwise.errors import InputError
 from layerwise.plan.tree import Candidate
 from layerwise.recipe import parse_recipe, surgery
@@ -36,9 +36,8 @@ def encode_candidate(
     draft: with the encoder's draft, for a candidate that is encoded again if it is chosen.
     Raises ``InputError`` where the encoding is not finite when decoded.
     """
-    import torch
-
-    from layerwise.sensitivity.kronecker import damage
+    from layerwise.encoding.finite import all_finite
+    from layerwise.sensitivity.kronecker import damage_of_rows
 
     encoder = parse_recipe(recipe).encoder
     if draft:
@@ -46,13 +45,19 @@ def encode_candidate(
     began = time.thread_time()
     encoded = encoder.encode(weight, fit)
     seconds = time.thread_time() - began
-    decoded = encoded.decode()
-    if not bool(torch.isfinite(decoded).all()):
-        raise InputError(
-            f"{recipe} produced a weight that is not finite at {site}; "
-            f"resume with --redo {site}=rtn:bits=8 or another recipe"
-        )
-    return Encoding(recipe, encoded, damage(decoded - weight, judge), seconds)
+    # Rows that decode on their own are compared a few at a time: of a table, the whole would be as large as it is.
+    decoded = encoded.decode() if not isinstance(encoded, PackedRows) else None
+
+    def change(start: int, stop: int) -> Tensor:
+        rows = encoded.decode_rows(start, stop) if decoded is None else decoded[start:stop]
+        if not all_finite(rows):
+            raise InputError(
+                f"{recipe} produced a weight that is not finite at {site}; "
+                f"resume with --redo {site}=rtn:bits=8 or another recipe"
+            )
+        return rows - weight[start:stop]
+
+    return Encoding(recipe, encoded, damage_of_rows(change, weight.shape[0], judge), seconds)
 
 
 def worthwhile(site: str, encodings: Sequence[Encoding], removed: float) -> list[Encoding]:

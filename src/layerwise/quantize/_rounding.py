@@ -38,7 +38,9 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.encoding.finite import all_finite
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, round_to_grid, row_pieces
+from layerwise.encoding.grid_loops import round_columns
 from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 
@@ -52,7 +54,7 @@ def check_statistics(weight: Tensor, statistics: SiteStatistics) -> None:
     for (name, side), size in zip(sides, weight.shape, strict=True):
         if tuple(side.shape) not in ((size,), (size, size)):
             raise InputError(f"the {name} statistics of a {list(weight.shape)} weight have shape {list(side.shape)}")
-        if not bool(torch.isfinite(side).all()):
+        if not all_finite(side):
             raise InputError(f"the {name} statistics of a {list(weight.shape)} weight are not finite")
 
 
@@ -60,9 +62,11 @@ def check_statistics(weight: Tensor, statistics: SiteStatistics) -> None:
 class Side:
     """One curvature, damped and factored, in the order of rounding (the last is rounded first).
 
-    order   int64 [n]; matrix [n, n] float64, over its mean diagonal; upper [n, n] float64, unit upper triangular;
-    pivots  float64 [n], so that matrix = upper^T diag(pivots) upper. The upper factor is kept because the products
-            outside a tile then read whole rows, which is twice as fast as columns.
+    order   int64 [n]
+    matrix  float64 [n, n], over its mean diagonal; empty where no sweeps need it
+    upper   float64 [n, n], unit upper triangular. It is kept, and not the lower one, because the products outside a
+            tile then read whole rows, which is twice as fast as columns.
+    pivots  float64 [n], so that matrix = upper^T diag(pivots) upper
     """
 
     order: Tensor
@@ -81,9 +85,17 @@ class Side:
 
 
 def factor(
-    side: Tensor, damp: float, *, largest_first: bool = False, reverse: bool = False, order: Tensor | None = None
+    side: Tensor,
+    damp: float,
+    *,
+    largest_first: bool = False,
+    reverse: bool = False,
+    order: Tensor | None = None,
+    sweeps: bool = True,
 ) -> Side | None:
     """``side + damp * mean(diag) I`` factored; its rows taken last to first, or in an ``order``, or as the flags say.
+
+    sweeps: whether the matrix itself is wanted; without it a wide side takes a third less memory.
 
     None where there is nothing to feed back: a side stored as its diagonal, or one without any curvature. Damping
     rises tenfold until the factorisation succeeds, as it must for a singular side when ``damp`` is 0.
@@ -96,14 +108,15 @@ def factor(
         order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
     if reverse:
         order = order.flip(0)
-    matrix = side[order][:, order].double() / mean
+    matrix = side[order[:, None], order].double().div_(mean)
     share, added = damp, 0.0
     for _ in range(20):
         matrix.diagonal().add_(share - added)
         added = share
         upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
+        if not int(failed) and all_finite(upper):
             root = upper.diagonal().clone()
+            matrix = matrix if sweeps else matrix.new_empty(0)
             return Side(order, matrix, upper.div_(root[:, None]).contiguous(), root**2)
         share = max(share * 10, 1e-8)
         log.info("a curvature of %d columns is not positive: damping raised to %g", len(side), share)
@@ -132,7 +145,7 @@ def one_sided(
     from the first to the last.
     """
     fitted = fit_grid(weight, grid, clip=clip, importance=diagonal(moment))
-    columns = factor(moment, damp, largest_first=act_order, reverse=not act_order)
+    columns = factor(moment, damp, largest_first=act_order, reverse=not act_order, sweeps=False)
     if columns is None:
         return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
     return GroupedInteger.from_codes(round_with_feedback(weight, fitted, columns), fitted)
@@ -166,8 +179,6 @@ def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None
 
 def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Tensor, Tensor]:
     """Codes and D = W' - W, both transposed [n, m], tile by tile."""
-    from layerwise.encoding.loops import round_columns, round_tile
-
     shape = grid[0].shape
     codes, change = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
     for first, last in _blocks(shape[0], block):
@@ -179,6 +190,8 @@ def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Ten
             if rows is None:
                 round_columns(*grid, *tile)
             else:
+                from layerwise.encoding.loops import round_tile
+
                 below = absorbed[:, bottom:] @ rows.upper[top:bottom, bottom:].T  # [width, height]
                 round_tile(*grid, *tile, _tile(rows, top, bottom), below.numpy(), absorbed.numpy())
     return codes, change

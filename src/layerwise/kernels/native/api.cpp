@@ -317,3 +317,28 @@ LAYERWISE_API int32_t layerwise_continue(const Decoder* decoder, int64_t size, i
   if (decoder == nullptr || size != int64_t(sizeof(Decoder))) return 4;
   return decode_tokens(*decoder, threads);
 }
+
+// Loops of encoders: 0 done; 1 no such path; 4 the caller knows another layout.
+LAYERWISE_API int32_t layerwise_best(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Candidates))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).best(*static_cast<const Candidates*>(given));
+  return 0;
+}
+
+LAYERWISE_API int32_t layerwise_nearest(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Nearest))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).nearest(*static_cast<const Nearest*>(given));
+  return 0;
+}
+
+LAYERWISE_API int32_t layerwise_columns(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Tile))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  grids_of(*found).columns(*static_cast<const Tile*>(given));
+  return 0;
+}

@@ -138,6 +138,39 @@ struct Heads {
 };
 const Heads& heads_of(const Path& path);
 
+// What an encoder to grids of integers does with each weight (encoding/loops.py); arrays are whole, rows after rows.
+struct Candidates {  // of the range of each group: step and zero [rows, groups, candidates], best [rows, groups]
+  int64_t rows, columns, groups, candidates, width;
+  const float *weight, *importance, *step, *zero;
+  int64_t* best;
+  float top;
+};
+
+struct Nearest {  // weight and codes [rows, columns], step and zero [rows, groups]
+  int64_t rows, columns, groups, width;
+  const float *weight, *step, *zero;
+  uint8_t* codes;
+  double top;
+};
+
+struct Tile {  // transposed: weight, codes and change [columns, rows], step and zero [groups, rows]
+  int64_t rows, width, first, first_row, height;
+  const float *weight, *step, *zero;
+  const int64_t* group_of;  // [columns]
+  const double* lower;      // [width, width]
+  double* carried;          // [width, rows]
+  uint8_t* codes;
+  double* change;
+  double top;
+};
+
+struct Grids {
+  void (*best)(const Candidates&);
+  void (*nearest)(const Nearest&);
+  void (*columns)(const Tile&);
+};
+const Grids& grids_of(const Path& path);
+
 const Path* path_named(const char* name);  // null: it does not run here
 
 using Body = void (*)(void* data, int part, int parts);
