@@ -13,7 +13,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
 from layerwise.evaluate.compare import compare
-from layerwise.evaluate.latency import forward_seconds
+from layerwise.evaluate.latency import forward_seconds, open_for_time
 from layerwise.evaluate.sentences import pair_batches, spearman
 from layerwise.evaluate.sites import measure_sites, single_site_changes
 from layerwise.loss import Loss, loss_of
@@ -141,3 +141,17 @@ def test_spearman_follows_the_pairs_through_the_batches(tiny_bert: Path, tmp_pat
 def test_latency_is_a_time(tiny_bert: Path) -> None:
     module = whole(tiny_bert, open_network(tiny_bert), {})
     assert 0 < forward_seconds(module, full_batches()[0], runs=2) < 10
+
+
+def test_an_artifact_is_timed_with_fused_blocks_in_float32(docs_lm: Path, sentences: Path, tmp_path: Path) -> None:
+    """docs-lm is stored in half precision, in which a CPU has no fast product."""
+    from tests.command import compress
+
+    from layerwise.kernels.library import chosen_path
+
+    done = compress(docs_lm, tmp_path / "OUT", sentences, "--uniform", "rtn:bits=4,group=64")
+    assert done.code == 0, done.err
+    module, (fused, blocks) = open_for_time(str(tmp_path / "OUT"))
+    assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
+    assert blocks == 5 and fused == (0 if chosen_path() is None else 5)
+    assert open_for_time(str(docs_lm))[1] == (0, 0)
