@@ -155,9 +155,9 @@ struct Simd {
       const uint8x16_t values = vqtbl1q_u8(vld1q_u8(from), both(first));
       const uint8x16_t others = vqtbl1q_u8(vld1q_u8(from + 2 * below), both(second));
       if constexpr (kKind == layerwise::kHalfValues) return widened(values, others);
-      const uint16x8_t a = vreinterpretq_u16_u8(values), b = vreinterpretq_u16_u8(others);
-      return {{vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(a), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(a, 16)),
-               vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(b), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(b, 16))}};
+      const uint16x8_t a = vreinterpretq_u16_u8(values), b = vreinterpretq_u16_u8(others), none = vdupq_n_u16(0);
+      return {{vreinterpretq_f32_u16(vzip1q_u16(none, a)), vreinterpretq_f32_u16(vzip2q_u16(none, a)),
+               vreinterpretq_f32_u16(vzip1q_u16(none, b)), vreinterpretq_f32_u16(vzip2q_u16(none, b))}};
     }
   }
 
