@@ -19,8 +19,10 @@ FEATURES = (
     "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16",
 )  # fmt: skip
 READ_BYTES = 256 << 20
-# No machine of this kind was at hand: the bits were compared under an emulator (`make neon-test`), nothing was timed.
-NOTES = dict.fromkeys(("neon-dot", "neon"), "its results were compared under an emulator only, its speed never measured")
+# No such machine was at hand: the bits were compared under an emulator (`make neon-test`), nothing was timed.
+NOTES = dict.fromkeys(
+    ("neon-dot", "neon"), "its results were compared under an emulator only, its speed was never measured"
+)
 
 
 @dataclass(frozen=True)
