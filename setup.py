@@ -40,7 +40,7 @@ COMMON = [
     "-fno-math-errno",
     "-Wno-uninitialized",
 ]
-SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g"]
+SANITIZE = ["-fsanitize=address", "-fno-omit-frame-pointer", "-O1", "-g1"]
 UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]  # minutes in the unrolled loops: not there
 
 

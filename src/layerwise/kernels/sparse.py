@@ -112,11 +112,15 @@ class SparseMatrix:
 def _arrays(stored: Kept) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Masks in words of 16 bits, where each row's values begin, the values with room behind them, and the scales."""
     rows, columns = stored.mask.shape
+    if stored.mask.dtype != torch.bool or rows < 1 or columns < 1:
+        raise ValueError("a mask is bool [rows, columns], with at least one of each")
     if stored.values.dtype not in KINDS or not 1 <= stored.bits <= 8:
         raise ValueError("kept values are float16, bfloat16 or codes of 1 to 8 bits in uint8")
     if (stored.values.dtype == torch.uint8) != (stored.scale is not None):
         raise ValueError("codes have scales and floors, and floats have none")
-    if stored.scale is not None and stored.group < columns and stored.group % LANES:
+    if (stored.scale is None) != (stored.floor is None):
+        raise ValueError("scales come with floors")
+    if stored.scale is not None and stored.group < columns and (stored.group < 1 or stored.group % LANES):
         raise ValueError("a group is a multiple of 16 columns, or the whole row")
     bits = torch.zeros(rows, -(-columns // LANES) * LANES, dtype=torch.uint8)
     bits[:, :columns] = stored.mask

@@ -58,10 +58,16 @@ static inline void one_digit(const float* x, const Block& block, float inverse, 
   *count = float(sum);
 }
 
-// Whole numbers of one block, as digits from -128 to 127, the lowest first.
+// The digits of a block, the lowest first, each for itself.
 template <int kDigits>
-static inline void block_digits(const float* x, const Block& block, float inverse, int8_t* to, float* counts) {
-  alignas(kLine) int8_t digit[kDigits][kLongestBlock];
+struct Digits {
+  alignas(kLine) int8_t of[kDigits][kLongestBlock];
+};
+
+// Whole numbers of one block, as digits from -128 to 127.
+template <int kDigits>
+static inline void block_digits(const float* x, const Block& block, float inverse, Digits<kDigits>& to, float* counts) {
+  auto& digit = to.of;
   int32_t count[3] = {};
   for (int k = 0; k < block.length; ++k) {
     const float v = x[block.column + k] * inverse;
@@ -83,14 +89,11 @@ static inline void block_digits(const float* x, const Block& block, float invers
     memset(digit[d] + block.length, 0, size_t(block.padded - block.length));
     counts[d] = float(count[d]);
   }
-  for (int k = 0; k < block.padded; k += 4) {
-    for (int d = 0; d < kDigits; ++d) memcpy(to + k * kDigits + 4 * d, digit[d] + k, 4);
-  }
 }
 
-// The digits of one block, the lowest first, and their sums. Returns the step.
+// The digits of one block and their sums. Returns the step.
 template <int kDigits>
-static inline float digits_of(const float* x, const Block& block, int8_t* to, float* counts) {
+static inline float digits_of(const float* x, const Block& block, Digits<kDigits>& to, float* counts) {
   constexpr float kTop = kDigits == 1 ? 127.0f : kDigits == 2 ? 32639.0f : 8355711.0f;  // every digit 127
   const uint32_t bits = largest_of(x + block.column, block.length);
   float largest;
@@ -99,12 +102,14 @@ static inline float digits_of(const float* x, const Block& block, int8_t* to, fl
   // finite, reaches every output of the token.
   const bool finite = bits < 0x7f800000u, counted = finite && largest >= 1e-30f;
   if (!counted) {
-    memset(to, 0, size_t(block.padded) * kDigits);
-    for (int d = 0; d < kDigits; ++d) counts[d] = 0.0f;
+    for (int d = 0; d < kDigits; ++d) {
+      memset(to.of[d], 0, size_t(block.padded));
+      counts[d] = 0.0f;
+    }
     return finite ? 0.0f : NAN;
   }
   if constexpr (kDigits == 1) {
-    one_digit(x, block, kTop / largest, to, counts);
+    one_digit(x, block, kTop / largest, to.of[0], counts);
   } else {
     block_digits<kDigits>(x, block, kTop / largest, to, counts);
   }
@@ -119,12 +124,32 @@ static inline float whole_sum(const float* counts) {
   return sum;
 }
 
+// Four columns of every digit of a token in turn, `apart` bytes between them.
+template <int kDigits>
+static inline void interleave(const Digits<kDigits>& digits, int32_t columns, int64_t apart, uint32_t flip, int8_t* to) {
+#pragma GCC unroll 4
+  for (int32_t k = 0; k < columns; k += 4) {
+    for (int d = 0; d < kDigits; ++d, to += apart) {
+      uint32_t four;
+      memcpy(&four, digits.of[d] + k, 4);
+      four ^= flip;
+      memcpy(to, &four, 4);
+    }
+  }
+}
+
 template <int kDigits>
 void token_digits(const Matrix& m, const float* x, int64_t token, const Activations& a) {
+  Digits<kDigits> digits;
   for (int64_t b = 0; b < m.blocks; ++b) {
     const int64_t at = token * a.blocks + b;
     int8_t* to = a.codes + token * a.stride + m.block[b].place * kDigits;
-    a.steps[at] = digits_of<kDigits>(x, m.block[b], to, a.counts + at * kDigits);
+    a.steps[at] = digits_of<kDigits>(x, m.block[b], digits, a.counts + at * kDigits);
+    if constexpr (kDigits == 1) {
+      memcpy(to, digits.of[0], size_t(m.block[b].padded));
+    } else {
+      interleave<kDigits>(digits, m.block[b].padded, 4, 0, to);
+    }
     a.sums[at] = whole_sum<kDigits>(a.counts + at * kDigits);
   }
 }
@@ -136,7 +161,8 @@ template <int kDigits>
 void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
   constexpr int kTogether = side_by_side(kDigits), kBand = 8;
   constexpr int kFloats = kLine / int(sizeof(float));
-  alignas(kLine) int8_t digits[kLongestBlock * kDigits];
+  constexpr uint32_t kFlip = Simd::kShifts ? 0x80808080u : 0;  // by 128
+  Digits<kDigits> digits;
   const int64_t set = first / kTogether;
   for (int64_t band = 0; band < m.blocks; band += kBand) {
     for (int64_t t = first; t < last; ++t) {
@@ -149,15 +175,8 @@ void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t firs
         a.steps[at + in] = digits_of<kDigits>(own, block, digits, counts);
         a.sums[at + in] = whole_sum<kDigits>(counts);
         for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
-        const int32_t bytes = block.padded * kDigits;
         int8_t* to = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether + 4 * in;
-#pragma GCC unroll 4
-        for (int32_t k = 0; k < bytes; k += 4, to += 4 * kTogether) {
-          uint32_t four;
-          memcpy(&four, digits + k, 4);
-          if constexpr (Simd::kShifts) four ^= 0x80808080u;  // by 128
-          memcpy(to, &four, 4);
-        }
+        interleave<kDigits>(digits, block.padded, 4 * kTogether, kFlip, to);
       }
     }
   }
