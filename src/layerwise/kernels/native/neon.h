@@ -8,8 +8,8 @@
 
 namespace {
 
-// For every set of eight lanes: how many of them lie below each lane, which is the place of that lane's value. A lane that
-// is not in the set has a place that a look-up finds nothing at, which is 0, twice the place as well.
+// For every set of eight lanes: how many of them lie below each lane, which is the place of that lane's value. A lane
+// that is not in the set has a place that a look-up finds nothing at, which is 0, and nothing at twice the place either.
 struct KeptPlaces {
   uint8_t of[256][8] = {};
 
@@ -148,7 +148,7 @@ struct Simd {
       return LAYERWISE_ONE(vreinterpretq_f32_s32, here);
     } else {
       const uint8x16_t upper = vreinterpretq_u8_u16(vdupq_n_u16(0x0100));  // of the two bytes of a value
-      const auto both = [&](uint8x8_t place) {
+      const auto both = [&](uint8x8_t place) __attribute__((always_inline)) {
         const uint8x16_t own = vcombine_u8(vzip1_u8(place, place), vzip2_u8(place, place));
         return vorrq_u8(vshlq_n_u8(own, 1), upper);
       };
@@ -161,8 +161,8 @@ struct Simd {
     }
   }
 
-  // Both factors are signed here. Codes of up to seven bits are so as they are; those of eight bits less 128, and 128 times
-  // the sum of the activations is added, which is the same for all rows: sum q x = sum (q - 128) x + 128 sum x.
+  // Both factors are signed here. Codes of up to seven bits are so as they are; of those of eight bits 128 is taken, and
+  // 128 times the sum of the activations added, which is the same for all rows: sum q x = sum (q - 128) x + 128 sum x.
 #if defined(LAYERWISE_DOT)
   static inline int32x4_t sums_of_four(int8x16_t x) { return vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), x); }
 
@@ -192,7 +192,7 @@ struct Simd {
       sum = LAYERWISE_WITH(vaddq_s32, sum, more);
       codes = LAYERWISE_WITH(veorq_u8, codes, vdupq_n_u8(128));
     }
-    const auto quarter = [&](int32x4_t own, uint8x16_t code) {
+    const auto quarter = [&](int32x4_t own, uint8x16_t code) __attribute__((always_inline)) {
       return dot_quarter<kBits>(own, vreinterpretq_s8_u8(code), spread);
     };
     return LAYERWISE_TWO(quarter, sum, codes);
@@ -236,8 +236,8 @@ struct Simd {
         const uint8x16_t b2 = vqtbl1q_u8(level.val[2], codes), b3 = vqtbl1q_u8(level.val[3], codes);
         const uint16x8_t low[2] = {pairs(vzip1q_u8(b0, b1)), pairs(vzip2q_u8(b0, b1))};
         const uint16x8_t high[2] = {pairs(vzip1q_u8(b2, b3)), pairs(vzip2q_u8(b2, b3))};
-        return {{vreinterpretq_f32_u16(vzip1q_u16(low[0], high[0])), vreinterpretq_f32_u16(vzip2q_u16(low[0], high[0])),
-                 vreinterpretq_f32_u16(vzip1q_u16(low[1], high[1])), vreinterpretq_f32_u16(vzip2q_u16(low[1], high[1]))}};
+        return {{four(vzip1q_u16(low[0], high[0])), four(vzip2q_u16(low[0], high[0])),
+                 four(vzip1q_u16(low[1], high[1])), four(vzip2q_u16(low[1], high[1]))}};
       } else {
         const int8x16_t own = vreinterpretq_s8_u8(codes);
         const int16x8_t low = vmovl_s8(vget_low_s8(own)), high = vmovl_high_s8(own);
@@ -247,6 +247,7 @@ struct Simd {
     }
 
     static inline uint16x8_t pairs(uint8x16_t v) { return vreinterpretq_u16_u8(v); }
+    static inline float32x4_t four(uint16x8_t v) { return vreinterpretq_f32_u16(v); }
   };
 };
 
