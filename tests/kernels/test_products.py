@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from layerwise.encoding.scales import Scales, groups_of
 from layerwise.encoding.ternary import Ternary
 from layerwise.kernels.library import library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
+from layerwise.kernels.samples import SAMPLES, reference
 
 pytestmark = pytest.mark.skipif(not paths(), reason=f"no compiled kernels here: {why_absent()}")
 
@@ -142,6 +144,25 @@ def test_many_tokens_have_the_bits_that_each_has_alone(bits: int, kind: str):
     for tokens in (9, 15, 97, 203):
         for path in paths():
             assert torch.equal(form.multiply(x[:tokens], int8=True, path=path), alone[:tokens]), (path, tokens)
+
+
+@pytest.mark.parametrize("zeros", [(0, 256), (127, 129), (128, 129), (200, 256)])
+@pytest.mark.parametrize("form", ["int2", "int3", "int4", "int8"])
+def test_zeros_that_are_no_codes(form: str, zeros: tuple[int, int]):
+    """Any byte may be a zero: codes less their zeros are signed bytes, or they are not."""
+    drawn = SAMPLES[form].draw(40, 300)
+    assert drawn.zero is not None
+    zero = torch.randint(*zeros, drawn.zero.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    stored = replace(drawn, zero=zero)
+    matrix, x = PackedMatrix(stored), normal(61, 300)
+    alone = torch.cat([matrix.multiply(x[i : i + 8], int8=True) for i in range(0, 61, 8)])
+    for tokens in (10, 27, 61):
+        for path in paths():
+            assert torch.equal(matrix.multiply(x[:tokens], int8=True, path=path), alone[:tokens]), (path, tokens)
+    exact, dense = x.double() @ reference(stored).double().T, reference(stored).double()
+    terms = x.double().abs() @ dense.abs().T
+    for path in paths():
+        assert float(((matrix.multiply(x, path=path) - exact).abs() / terms).max()) < 1e-5
 
 
 def test_values_that_are_not_finite_reach_their_own_token_alone():

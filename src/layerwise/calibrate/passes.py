@@ -24,13 +24,12 @@ from layerwise.calibrate.reverse import (
     DRAWS,
     SplitMoments,
     reverse_block,
-    reverse_tables,
     reverse_tail,
-    table_use,
     unreached_sites,
 )
 from layerwise.calibrate.splits import Splits
 from layerwise.calibrate.statistics import SiteStatistics, Use, Wanted
+from layerwise.calibrate.tables import reverse_tables, table_use
 from layerwise.engine.journal import Journal
 from layerwise.engine.progress import Progress
 from layerwise.loss import Loss
@@ -265,14 +264,14 @@ def _tables(
     terms_file: Path,
 ) -> dict[str, Fitted]:
     tables = [s for s in calibration.network.tree.sites if s.kind == "table"]
-    found = reverse_tables(streamer, tables, batches, split_of, gradients)
+    tokens_alone = calibration.loss.kind == "token kl"
+    found = reverse_tables(streamer, tables, batches, split_of, gradients, tokens_alone)
     tail, terms = load_file(terms_file), _terms(terms_file)
     out = {}
     for site in tables:
         by_split = {}
         for split, measured in found.items():
-            moment, counts = measured[site.name]
-            uses = [table_use(moment, counts, terms[split], calibration.loss.constant)]
+            uses = [table_use(measured[site.name], terms[split], calibration.loss.constant)]
             if site.head:
                 uses.append(_head_use(tail, split, calibration.loss.constant, terms[split]))
             by_split[split] = SiteStatistics(tuple(uses))

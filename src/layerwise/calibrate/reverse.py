@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.attention import token_importance, watching_attention
@@ -25,7 +25,6 @@ from layerwise.calibrate.rows import by_example, counted_rows, importance_of_row
 from layerwise.calibrate.statistics import LARGEST_FULL_SIDE, SiteStatistics, Use, Wanted, diagonal
 from layerwise.engine.memory import give_back
 from layerwise.loss import Loss
-from layerwise.network.sites import Site
 from layerwise.network.streaming import Batch, Streamer, rows_at_once
 
 DRAWS = 4  # sampled gradients per loss term
@@ -327,67 +326,6 @@ def _add_head_curvature(moment: Moment, logits: Tensor) -> None:
     p = logits.detach().softmax(-1)
     moment.sum += (p * (1 - p)).sum(0).cpu()
     moment.count += len(logits)
-
-
-def reverse_tables(
-    streamer: Streamer, tables: Sequence[Site], batches: Sequence[Batch], split_of: Sequence[str], gradients: Boundary
-) -> dict[str, dict[str, tuple[Moment, Tensor]]]:
-    """Per split and table: the moment of the gradient at the looked-up vectors, and how often each entry was used."""
-    module = streamer.network.module
-    found: dict[str, dict[str, tuple[Moment, Tensor]]] = {split: {} for split in dict.fromkeys(split_of)}
-    for split in found:
-        for site in tables:
-            found[split][site.name] = (Moment(site.columns), torch.zeros(site.rows))
-    looked_up: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def note(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            # A leaf of the graph, so that gradients arrive here although no weight asks for one.
-            leaf = output.detach().requires_grad_()
-            looked_up[name] = (given[0], leaf)
-            return leaf
-
-        return hook
-
-    with streamer.head_of_network() as enter:
-        handles = [module.get_submodule(s.name).register_forward_hook(note(s.name)) for s in tables]
-        try:
-            for i, batch in enumerate(batches):
-                with torch.enable_grad():
-                    hidden = enter(batch, 0)[0]
-                directions = gradients.read(i).to(hidden.device)
-                counted = batch.counted
-                for site in tables:
-                    index, vectors = looked_up[site.name]
-                    moment, counts = found[split_of[i]][site.name]
-                    counts += torch.bincount(index[counted].cpu(), minlength=site.rows)
-                    for draw, direction in enumerate(directions):
-                        keep = site is not tables[-1] or draw < len(directions) - 1
-                        (at,) = torch.autograd.grad(hidden, vectors, direction, retain_graph=keep)
-                        moment.add(counted_rows(at, batch))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return found
-
-
-def table_use(moment: Moment, counts: Tensor, loss_terms: int, constant: float) -> Use:
-    """The look-up's share of a table's damage: row ``v`` weighs by how often token ``v`` comes.
-
-    One count is added to every entry, so that an entry calibration never met still matters, and the counts are
-    scaled back so that their sum stays the number of tokens measured.
-    """
-    tokens = float(counts.sum())
-    smoothed = (counts + 1) * (tokens / (tokens + len(counts)))
-    width = len(moment.absolute)
-    return Use(
-        rows=smoothed,
-        columns=shrunk(moment.mean(), moment.count),
-        inputs=shrunk(moment.mean(), moment.count),
-        absolute_mean=torch.ones(width),
-        scale=constant / max(1, loss_terms),
-        tokens=int(tokens),
-    )
 
 
 def unreached_sites(found: dict[str, SplitMoments], names: Sequence[str]) -> set[str]:

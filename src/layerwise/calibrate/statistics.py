@@ -22,7 +22,7 @@ A stored matrix may be used more than once (a tied table is a look-up and a head
 use            R (rows)                 C (columns)                 scale
 =============  =======================  ==========================  ================================
 linear         E[M M^T]                 E[M^T M]                    c * examples / (n_loss * tr R)
-table          token counts (diagonal)  G of the looked-up vectors  c / n_loss
+table          diagonal of E[M M^T]     E[M^T M]                    c * entries met / (n_loss * tr R)
 head           E[p (1 - p)] (diagonal)  H = E[x x^T]                c * n_site / n_loss
 =============  =======================  ==========================  ================================
 

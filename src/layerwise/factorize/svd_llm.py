@@ -22,7 +22,7 @@ Measured on a causal LM of 2.4 M parameters (damage on other tokens, 14 of its l
 alone are for what lies below the smallest grid. There 3-bit factors serve best, 1.64 bits a weight: 0.156 at ratio 0.5;
 0.81: 0.395 at ratio 0.25. Hence the menu.
 
-A table is taken too, its rows weighed by their counts under ``curvature=loss``; a side kept as its diagonal (over 16
+A table is taken too, its rows weighed by their gradients under ``curvature=loss``; a side kept as its diagonal (over 16
 thousand entries) is whitened by that diagonal.
 """
 

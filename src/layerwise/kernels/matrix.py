@@ -15,8 +15,8 @@ Zen 4 it reads packed 4-bit weights at twice the speed, and is exact to 2^-24 of
 The dot product of bfloat16 pairs, for which float32 activations could be cut in two or three parts, is no quicker: as
 many a second, of 32 products. Two parts make 16 products an instruction against the 21 of three digits, their error is
 2^-16, and the instruction's own roundings are not those of any other path. So whole numbers serve any number of tokens.
-In large batches that limits products of float32 activations to two thirds of the dense bfloat16 product's speed; those
-of bfloat16 ones come to within a tenth of it.
+In large batches that limits products of float32 activations to seven tenths of the dense bfloat16 product's speed;
+those of bfloat16 ones are level with it.
 
 Codes that are places in a table meet floats. In large batches the dense product is faster for them, and so it is for
 exact activations on processors without a dot-product instruction: panels of rows are decoded into the cache and handed

@@ -161,7 +161,7 @@ template <int kDigits>
 void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t first, int64_t last, const Activations& a) {
   constexpr int kTogether = side_by_side(kDigits), kBand = 8;
   constexpr int kFloats = kLine / int(sizeof(float));
-  constexpr uint32_t kFlip = Simd::kShifts ? 0x80808080u : 0;  // by 128
+  const uint32_t flip = meets_signed(a) ? 0x80808080u : 0;  // by 128
   Digits<kDigits> digits;
   const int64_t set = first / kTogether;
   for (int64_t band = 0; band < m.blocks; band += kBand) {
@@ -176,7 +176,7 @@ void tokens_beside(const Matrix& m, const float* x, int64_t stride, int64_t firs
         a.sums[at + in] = whole_sum<kDigits>(counts);
         for (int d = 0; d < kDigits; ++d) a.whole[at * kDigits + d * kTogether + in] = int32_t(counts[d]);
         int8_t* to = a.codes + (block.place * a.sets + block.padded * set) * kDigits * kTogether + 4 * in;
-        interleave<kDigits>(digits, block.padded, 4 * kTogether, kFlip, to);
+        interleave<kDigits>(digits, block.padded, 4 * kTogether, flip, to);
       }
     }
   }

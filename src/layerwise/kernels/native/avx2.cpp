@@ -165,11 +165,6 @@ struct Simd {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(codes, x), ones));
   }
 
-  template <int kWidth>
-  static inline Ints panel_dot(Ints sum, Bytes codes, const int8_t* x) {
-    return dot<kWidth>(sum, codes, x);
-  }
-
   // Of signed codes, which are not here.
   static Ints shifted_dot(Ints sum, Bytes codes, Ints shifted);
   static void keep_ints(int32_t* to, Ints v);

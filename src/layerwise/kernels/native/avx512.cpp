@@ -90,13 +90,7 @@ struct Simd {
     return sum;
   }
 
-  // Signed codes times activations that are shifted to 0 .. 255, for panels.
-  template <int kWidth>
-  static inline Ints panel_dot(Ints sum, Bytes codes, const int8_t* x) {
-    int32_t four;
-    __builtin_memcpy(&four, x, 4);
-    return shifted_dot(sum, codes, _mm512_set1_epi32(four));
-  }
+  // Signed codes times activations that are shifted to 0 .. 255.
   static inline Ints shifted_dot(Ints sum, Bytes codes, Ints shifted) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(shifted), "v"(codes));
     return sum;

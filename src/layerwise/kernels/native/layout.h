@@ -86,6 +86,7 @@ struct Activations {
   int64_t stride;         // floats of `values`, bytes of `codes`, of a token
   int64_t sets;           // where tokens lie side by side
   int32_t digits, together;
+  int32_t shifted;  // 1: paths that may take the codes as signed bytes have the digits of tokens side by side plus 128
   float* values;    // [tokens, width]
   int8_t* codes;    // [tokens, width / 4, digits, 4]         or [blocks, sets, padded / 4, digits, together, 4]
   float* steps;     // [tokens, blocks]                       or [blocks, sets, together]

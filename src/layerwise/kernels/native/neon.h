@@ -198,12 +198,7 @@ struct Simd {
     return LAYERWISE_TWO(quarter, sum, codes);
   }
 
-  template <int kWidth>
-  static inline Ints panel_dot(Ints sum, Bytes codes, const int8_t* x) {
-    return dot<kWidth>(sum, codes, x);
-  }
-
-  // Of codes that are signed in panels, with shifted activations: not here.
+  // Of signed codes with shifted activations, which are not here.
   static Ints shifted_dot(Ints sum, Bytes codes, Ints shifted);
   static void keep_ints(int32_t* to, Ints v);
   static Bytes spread(Ints v);

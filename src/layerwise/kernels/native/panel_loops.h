@@ -11,10 +11,10 @@ namespace {
 
 // Adds the block's part of `sets` sets of tokens to totals [tokens, 32]: of all tokens of a set, or, of a last one that
 // is not full, of kCount. The activations of a block lie side by side, set after set.
-template <int kWidth, int kDigits, int kCount>
+template <int kWidth, int kDigits, int kCount, bool kSigned>
 __attribute__((noinline)) Ahead panel_sets(const Panel& panel, Given given, float* totals, int64_t sets, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
-  using Sums = PanelSums<kWidth, kDigits, kCount>;
+  using Sums = PanelSums<kWidth, kDigits, kCount, kSigned>;
   const int64_t bytes = int64_t(panel.columns) * kRows;
   do {
     for (int half = 0; half < 2; half += kHalves) {
@@ -27,7 +27,7 @@ __attribute__((noinline)) Ahead panel_sets(const Panel& panel, Given given, floa
         Simd::Bytes q[kHalves];
 #pragma GCC unroll 2
         for (int h = 0; h < kHalves; ++h) q[h] = Simd::load(codes + h * kLine);
-        ahead.ask();
+        ahead.ask<Simd::kShifts && !kSigned>();
         sums.add(q, x);
         codes += 2 * kLine, x += Sums::kChunk;
       } while (codes != end);
@@ -41,15 +41,15 @@ __attribute__((noinline)) Ahead panel_sets(const Panel& panel, Given given, floa
 
 // The same for a block's first tokens: between their products, which leave the other units of the processor idle, its
 // codes are decoded, and kept for the other tokens.
-template <int kBits, int kWidth, int kDigits>
+template <int kBits, int kWidth, int kDigits, bool kSigned>
 __attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, float* totals, Ahead ahead) {
   constexpr int kHalves = Simd::kHalves;
   using U = Unit<kBits>;
-  using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits)>;
+  using Sums = PanelSums<kWidth, kDigits, side_by_side(kDigits), kSigned>;
   for (int half = 0; half < 2; half += kHalves) {
     Sums sums;
     Simd::Ints of_codes[kHalves];  // sums
-    if constexpr (Simd::kShifts) {
+    if constexpr (kSigned) {
       sums.begin_at(Simd::whole(0), Simd::whole(0));
 #pragma GCC unroll 2
       for (int h = 0; h < kHalves; ++h) of_codes[h] = Simd::whole(0);
@@ -68,19 +68,19 @@ __attribute__((noinline)) Ahead first_tokens(Panel& panel, const Given& given, f
         if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
 #pragma GCC unroll 2
         for (int h = 0; h < kHalves; ++h) {
-          if constexpr (Simd::kShifts) {
+          if constexpr (kSigned) {
             q[h] = Simd::less_bytes(q[h], Simd::load(panel.offset + (half + h) * kLine));
             of_codes[h] = Simd::shifted_dot(of_codes[h], q[h], Simd::whole(0x01010101));
           }
           Simd::keep(wide + h * kLine, q[h]);
         }
-        ahead.ask();
+        ahead.ask<Simd::kShifts && !kSigned>();
         sums.add(q, x);
         wide += 2 * kLine, x += Sums::kChunk;
       });
       codes += 2 * U::bytes;
     } while (codes != end);
-    if constexpr (Simd::kShifts) {
+    if constexpr (kSigned) {
 #pragma GCC unroll 2
       for (int h = 0; h < kHalves; ++h) {
         of_codes[h] = Simd::minus(Simd::whole(0), Simd::template left<7>(of_codes[h]));
@@ -106,7 +106,7 @@ constexpr int kPanelTokens = 144;  // whose totals lie in the first cache, besid
 
 constexpr int64_t kWriteAhead = 16;  // tokens: with rows of a power of two their lines share places in the first cache
 
-template <int kBits, int kDigits>
+template <int kBits, int kDigits, bool kSigned>
 void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Output& out) {
   constexpr int kTogether = side_by_side(kDigits), kFit = kPanelTokens / kTogether * kTogether;
   constexpr int kWidth = Simd::kSplits && kBits < 8 ? 7 : 8;  // of a code, to the dot product
@@ -121,7 +121,7 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
     const int64_t last = first + each_round < a.tokens ? first + each_round : a.tokens;
     memset(totals, 0, size_t((last - first + kTogether - 1) / kTogether * kTogether) * kRows * sizeof(float));
     for (int64_t b = 0; b < all; ++b) {
-      prepare_panel<kBits>(m, base, b, panel);
+      prepare_panel<kBits, kSigned>(m, base, b, panel);
       // The codes of the next block and their scales.
       const uint8_t* behind = panel.stored + int64_t(panel.columns) * kRows * kBits / 8;
       Ahead ahead = {behind, behind + (behind - panel.stored) + 2 * kLine};
@@ -131,23 +131,23 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
       const auto done = [&](int64_t tokens) __attribute__((always_inline)) {
         left -= tokens, own += tokens * kRows;
       };
-      if (kDecodes<kBits>) {
-        ahead = first_tokens<kBits, kWidth, kDigits>(panel, given, own, ahead);
+      if (kDecodes<kBits, kSigned>) {
+        ahead = first_tokens<kBits, kWidth, kDigits, kSigned>(panel, given, own, ahead);
         given.template step_over<kDigits>(panel.columns), done(kTogether);
       }
       if (const int64_t sets = left > 0 ? left / kTogether : 0) {
-        ahead = panel_sets<kWidth, kDigits, kTogether>(panel, given, own, sets, ahead);
+        ahead = panel_sets<kWidth, kDigits, kTogether, kSigned>(panel, given, own, sets, ahead);
         given.template step_over<kDigits>(panel.columns, sets), done(sets * kTogether);
       }
       // A set that is not full is multiplied as if it were, where that is quicker than token by token.
       if (kTogether > 4 ? left > 4 : left > 1) {
-        panel_sets<kWidth, kDigits, kTogether>(panel, given, own, 1, ahead);
+        panel_sets<kWidth, kDigits, kTogether, kSigned>(panel, given, own, 1, ahead);
         left = 0;
       } else if (kTogether > 4 && left > 2) {
-        panel_sets<kWidth, kDigits, kTogether < 4 ? kTogether : 4>(panel, given, own, 1, ahead);
+        panel_sets<kWidth, kDigits, kTogether < 4 ? kTogether : 4, kSigned>(panel, given, own, 1, ahead);
         left = 0;
       }
-      for (; left > 0; given.next_token(), done(1)) panel_sets<kWidth, kDigits, 1>(panel, given, own, 1, ahead);
+      for (; left > 0; given.next_token(), done(1)) panel_sets<kWidth, kDigits, 1, kSigned>(panel, given, own, 1, ahead);
     }
     for (int64_t t = first; t < last; ++t) {
       if (t + kWriteAhead < last) {

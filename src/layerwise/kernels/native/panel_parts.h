@@ -9,7 +9,7 @@
 // Codes that are too far from their zeros for a byte are taken less something else, and the rest as otherwise.
 //
 // Simd gives besides:  kPanelSums (int32 sums at a time), kSplits (whether codes of eight bits cost more than others),
-// kShifts (whether codes are signed here), and then panel_dot.
+// kShifts (whether codes may be signed here), and what that takes.
 #pragma once
 
 #include "tile_parts.h"
@@ -45,21 +45,21 @@ struct Given {
   LAYERWISE_INLINE void next_token() { x += 4, ++whole, ++steps, ++sums; }
 };
 
-template <int kBits>
-constexpr bool kDecodes = Simd::kShifts || kBits < 8;  // into `wide`
+template <int kBits, bool kSigned>
+constexpr bool kDecodes = kSigned || kBits < 8;  // into `wide`
 
-template <int kBits>
+template <int kBits, bool kSigned>
 LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_t b, Panel& panel) {
   panel.stored = base + m.places[b].codes;
-  panel.codes = kDecodes<kBits> ? panel.wide : panel.stored;
+  panel.codes = kDecodes<kBits, kSigned> ? panel.wide : panel.stored;
   panel.columns = m.block[b % m.blocks].padded;
-  panel.has_rest = m.zero_kind == kZeroHalf, panel.has_minus = !Simd::kShifts || !m.narrow;
+  panel.has_rest = m.zero_kind == kZeroHalf, panel.has_minus = !kSigned || !m.narrow;
   const Simd::Floats centre = Simd::same(float(m.centre));
   for (int half = 0; half < 2; ++half) {
     Simd::store(panel.scale + half * kHalf, block_scale(m, base, b, half));
     const Simd::Ints zero = m.zero_kind == kZeroByte ? Simd::bytes(base + m.places[b].zero + half * kHalf)
                                                      : Simd::whole(m.centre);
-    if constexpr (Simd::kShifts) {
+    if constexpr (kSigned) {
       const Simd::Ints offset = m.narrow ? zero : Simd::whole(kBits == 8 ? 128 : 0);
       Simd::keep(panel.offset + half * kLine, Simd::spread(offset));
       Simd::keep_minus(panel.minus + half * kHalf, Simd::minus(zero, offset));
@@ -75,7 +75,7 @@ LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_
 // The sums of kCount tokens and one block. Plain loops over plain arrays, in functions that are not inlined: written
 // otherwise, GCC 12 keeps some of the sums in memory and moves the others about in every round (measured: half of the
 // speed). The results are those of `finish`: integers in another order, and the same roundings.
-template <int kWidth, int kDigits, int kCount>
+template <int kWidth, int kDigits, int kCount, bool kSigned>
 struct PanelSums {
   static constexpr int kHalves = Simd::kHalves, kTogether = side_by_side(kDigits);
   static constexpr int kChunk = 4 * kDigits * kTogether;  // bytes of activations
@@ -84,7 +84,7 @@ struct PanelSums {
   // A sum of codes less their zeros begins with minus the zero times the sum of the digits, or of signed codes with a
   // number of the row. What that is the first tokens find out, and add it themselves.
   LAYERWISE_INLINE void begin(const Panel& panel, const Given& given, int half) {
-    if constexpr (Simd::kShifts) {
+    if constexpr (kSigned) {
       begin_at(Simd::ints(panel.start + half * kHalf), Simd::ints(panel.start + (half + kHalves - 1) * kHalf));
       if (panel.has_minus) add_minus(panel, given, half);
     } else {
@@ -123,6 +123,16 @@ struct PanelSums {
     }
   }
 
+  static LAYERWISE_INLINE Simd::Ints dot(Simd::Ints sum, Simd::Bytes codes, const int8_t* x) {
+    if constexpr (kSigned) {
+      int32_t four;
+      memcpy(&four, x, 4);
+      return Simd::shifted_dot(sum, codes, Simd::whole(four));
+    } else {
+      return Simd::template dot<kWidth>(sum, codes, x);
+    }
+  }
+
   LAYERWISE_INLINE void add(const Simd::Bytes* q, const int8_t* x) {
 #pragma GCC unroll 32
     for (int t = 0; t < kCount; ++t)
@@ -130,7 +140,7 @@ struct PanelSums {
       for (int d = 0; d < kDigits; ++d)
 #pragma GCC unroll 2
         for (int h = 0; h < kHalves; ++h)
-          sum[t][d][h] = Simd::template panel_dot<kWidth>(sum[t][d][h], q[h], x + (d * kTogether + t) * 4);
+          sum[t][d][h] = dot(sum[t][d][h], q[h], x + (d * kTogether + t) * 4);
   }
 
   LAYERWISE_INLINE void finish(const Panel& panel, const Given& given, int half, float* totals) {
@@ -159,13 +169,15 @@ struct PanelSums {
   }
 };
 
-// What is asked of memory while a block is multiplied: a line a round, as far as there are any.
+// What is asked of memory while a block is multiplied: a line a round, as far as there are any, or two with few tokens.
 struct Ahead {
   const uint8_t *line, *last;
 
+  template <bool kTwo>
   LAYERWISE_INLINE void ask() {
     __builtin_prefetch(line, 0, 2);
-    line += line < last ? kLine : 0;
+    if constexpr (kTwo) __builtin_prefetch(line + kLine, 0, 2);
+    line += line < last ? (kTwo ? 2 : 1) * kLine : 0;
   }
 };
 

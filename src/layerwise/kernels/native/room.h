@@ -48,7 +48,9 @@ struct ActivationRoom {
   }
 
   Activations at(uint8_t* memory, const Matrix& m, int64_t tokens, int32_t digits) const {
-    Activations a = {tokens, m.blocks, stride, sets, digits, int32_t(together), nullptr, nullptr, nullptr, nullptr, nullptr,
+    // With few sets the sums of the codes are not worth it, nor where the zeros need multiplications all the same.
+    const int32_t shifted = together > 0 && sets > 3 && m.narrow;
+    Activations a = {tokens, m.blocks, stride, sets, digits, int32_t(together), shifted, nullptr, nullptr, nullptr, nullptr, nullptr,
                      nullptr};
     if (digits == 0) {
       a.values = reinterpret_cast<float*>(memory), a.stride = stride / 4;

@@ -262,7 +262,11 @@ void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t l
   constexpr int kMost = Simd::kSums / (Simd::kHalves * kDigits);
   for (int64_t tile = first; tile < last; ++tile) {
     if (a.together > 0) {
-      many_tokens<kBits, kDigits>(m, a, tile, out);
+      if (meets_signed(a)) {
+        many_tokens<kBits, kDigits, Simd::kShifts>(m, a, tile, out);
+      } else {
+        many_tokens<kBits, kDigits, false>(m, a, tile, out);
+      }
       continue;
     }
     int64_t t = 0;

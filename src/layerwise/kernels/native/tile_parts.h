@@ -108,6 +108,9 @@ LAYERWISE_INLINE void store_rows(const Matrix& m, int64_t tile, int half, Simd::
   for (int64_t r = row; r < m.rows; ++r) y[r] = rest[r - row] + (out.bias != nullptr ? out.bias[r] : 0.0f);
 }
 
+// Whether many tokens meet signed codes (see panel_parts.h).
+LAYERWISE_INLINE bool meets_signed(const Activations& a) { return Simd::kShifts && a.shifted; }
+
 // How many tokens are multiplied at a time in large batches, and lie side by side there.
 constexpr int side_by_side(int digits) {
   const int most = Simd::kPanelSums / (Simd::kHalves * digits);
