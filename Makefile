@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench docs sanitize clean
+.PHONY: help demo test lint format bench docs sanitize neon-test clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +18,7 @@ ARGS ?=
 DEMO := build/demo
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # ---------------------------------------------------------------- set-up
 
@@ -104,6 +104,38 @@ sanitize: $(VENV)/.dev  ## test the kernels under AddressSanitizer and UBSan
 	status=0; LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest tests/kernels $(ARGS) || status=$$?; \
 	$(BIN)/python setup.py --quiet build_ext --inplace --force; exit $$status
+
+# The kernels of 64-bit ARM: every path against the portable one, and the bits against those of other processors. With a
+# compiler for that target, CXX, and an emulator, or on such a machine; flags are those of setup.py.
+ifeq ($(origin CXX),default)
+CXX := $(if $(filter aarch64 arm64,$(shell uname -m)),c++,aarch64-linux-gnu-g++)
+endif
+NEON := build/neon
+NATIVE := src/layerwise/kernels/native
+EMULATOR ?= $(firstword $(foreach name,qemu-aarch64-static qemu-aarch64,$(shell command -v $(name))))
+DOT_FLAGS ?= -march=armv8.2-a+dotprod
+NEON_FLAGS := -std=c++17 -O3 -g0 -ffp-contract=off -fno-math-errno -Wno-uninitialized -DLAYERWISE_ARM
+NEON_SOURCES := $(filter-out $(NATIVE)/avx%,$(wildcard $(NATIVE)/*.cpp))
+neon-test:  ## test the kernels of 64-bit ARM, emulated where this machine is another
+	@if ! command -v $(firstword $(CXX)) > /dev/null; then \
+	  echo "neon-test is skipped: there is no $(firstword $(CXX)); name a compiler for 64-bit ARM, make neon-test CXX=..."; \
+	elif ! $(CXX) -x c++ -dM -E - < /dev/null | grep -c __aarch64__ > /dev/null; then \
+	  echo "neon-test is skipped: $(CXX) does not compile for 64-bit ARM; name one that does, make neon-test CXX=..."; \
+	elif [ $$(uname -m) = aarch64 ] || [ $$(uname -m) = arm64 ]; then \
+	  $(MAKE) --no-print-directory $(NEON)/compare_paths && $(NEON)/compare_paths; \
+	elif [ -z "$(EMULATOR)" ]; then \
+	  echo "neon-test is skipped: there is no emulator; qemu-aarch64 is one, make neon-test EMULATOR=..."; \
+	else \
+	  $(MAKE) --no-print-directory $(NEON)/compare_paths LDFLAGS="-static $(LDFLAGS)"; \
+	  $(EMULATOR) -cpu cortex-a72 $(NEON)/compare_paths neon portable; \
+	  $(EMULATOR) -cpu max $(NEON)/compare_paths neon-dot neon portable; fi
+
+$(NEON)/compare_paths: tests/kernels/native/compare_paths.cpp $(NEON_SOURCES:$(NATIVE)/%.cpp=$(NEON)/%.o)
+	$(CXX) $(NEON_FLAGS) -I $(NATIVE) $^ -o $@ $(LDFLAGS) $(if $(filter Darwin,$(shell uname)),,-ldl -lpthread)
+
+$(NEON)/%.o: $(NATIVE)/%.cpp $(wildcard $(NATIVE)/*.h)
+	@mkdir -p $(NEON)
+	$(CXX) $(NEON_FLAGS) $(if $(filter portable,$*),-O2) $(if $(filter neon_dot,$*),$(DOT_FLAGS)) -c $< -o $@
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info src/layerwise/kernels/*.so

@@ -19,11 +19,17 @@ from setuptools.errors import CompileError
 
 NATIVE = Path("src/layerwise/kernels/native")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
+ARM = platform.machine().lower() in ("aarch64", "arm64") and sys.maxsize > 2**32
 FLAGS = {
     "portable.cpp": ["-O2"],  # a third of -O3's time and half of its size
     "avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
+    "neon.cpp": [],
+    # Every Mac with such a processor has the extension, and a universal build would not know the flag for both of its.
+    "neon_dot.cpp": [] if sys.platform == "darwin" else ["-march=armv8.2-a+dotprod"],
 }
+DEFINES = ["-DLAYERWISE_X86"] * X86 + ["-DLAYERWISE_ARM"] * ARM
+ELSEWHERE = ([] if X86 else ["avx2.cpp", "avx512.cpp"]) + ([] if ARM else ["neon.cpp", "neon_dot.cpp"])
 # No -ffast-math and no contraction: what is rounded, and when, is part of what the tests hold.
 COMMON = [
     "-std=c++17",
@@ -44,7 +50,7 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type != "unix":
             raise CompileError("the kernels are built with a compiler that takes the options of GCC and Clang")
-        common = COMMON + (["-DLAYERWISE_X86"] if X86 else [])
+        common = COMMON + DEFINES
         sanitize = SANITIZE if os.environ.get("LAYERWISE_SANITIZE") else []
 
         def compiled(source: str) -> list[str]:
@@ -70,7 +76,7 @@ class BuildKernels(build_ext):
         )
 
 
-sources = [path for path in sorted(NATIVE.glob("*.cpp")) if X86 or not path.name.startswith("avx")]
+sources = [path for path in sorted(NATIVE.glob("*.cpp")) if path.name not in ELSEWHERE]
 kernels = Extension(
     "layerwise.kernels._native",
     sources=[str(path) for path in sources],

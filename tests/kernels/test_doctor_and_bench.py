@@ -41,6 +41,15 @@ def test_doctor_tests_every_product_on_every_path(monkeypatch: pytest.MonkeyPatc
 
 
 @compiled
+def test_doctor_says_what_was_never_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(doctor, "READ_BYTES", 1 << 20)
+    assert set(doctor.NOTES) < set(library.KNOWN_PATHS)
+    monkeypatch.setattr(doctor, "NOTES", {paths()[0]: "never measured"})
+    monkeypatch.setenv(library.VARIABLE, paths()[0])
+    assert f"note       {paths()[0]}: never measured" in CliRunner().invoke(app, ["doctor"]).output
+
+
+@compiled
 def test_doctor_fails_when_a_product_is_wrong(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(doctor, "READ_BYTES", 1 << 20)
     monkeypatch.setattr(doctor, "reference", lambda stored: reference(stored) * 1.1)

@@ -136,5 +136,5 @@ def test_the_variable_turns_kernels_off(monkeypatch: pytest.MonkeyPatch):
     packed, form = linear()
     assert torch.equal(packed(inputs(2, 96)), form.multiply(inputs(2, 96))) and packed.kernel() is None
     monkeypatch.setenv(library.VARIABLE, "avx513")
-    with pytest.raises(InputError, match="is one of avx512, avx2, portable, off"):
+    with pytest.raises(InputError, match="is one of avx512, avx2, neon-dot, neon, portable, off"):
         linear()[0](inputs(2, 96))

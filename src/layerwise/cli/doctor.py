@@ -27,6 +27,8 @@ def doctor(json: shared.Json = False) -> None:
             print(f"kernels    none: {machine.absent}")
         else:
             print(f"kernels    {', '.join(machine.paths)}; taken: {machine.chosen or 'none, they are turned off'}")
+            if machine.note:
+                print(f"note       {machine.chosen}: {machine.note}")
         if machine.read is not None:
             print(f"reading    {machine.read / 1e9:.1f} GB/s")
         for gpu in machine.gpus:

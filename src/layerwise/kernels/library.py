@@ -21,7 +21,7 @@ VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
 VERSION = 5  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
-KNOWN_PATHS = ("avx512", "avx2", "portable")
+KNOWN_PATHS = ("avx512", "avx2", "neon-dot", "neon", "portable")
 
 
 class Stored(ctypes.Structure):

@@ -6,6 +6,12 @@
 #include "parts.h"
 #include "room.h"
 
+#if defined(LAYERWISE_NEON) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(LAYERWISE_NEON) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 using namespace layerwise;
 
 namespace {
@@ -27,6 +33,20 @@ bool runs_avx512() {
 #endif
 }
 
+#if defined(LAYERWISE_NEON)
+bool runs_neon_dot() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & 1ul << 20) != 0;  // HWCAP_ASIMDDP
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 // Best first.
 const Path* path_at(int index) {
   const Path* known[4];
@@ -34,6 +54,10 @@ const Path* path_at(int index) {
 #if defined(LAYERWISE_X86)
   if (runs_avx512()) known[count++] = &kAvx512;
   if (runs_avx2()) known[count++] = &kAvx2;
+#endif
+#if defined(LAYERWISE_NEON)
+  if (runs_neon_dot()) known[count++] = &kNeonDot;
+  known[count++] = &kNeon;
 #endif
   known[count++] = &kPortable;
   return index >= 0 && index < count ? known[index] : nullptr;

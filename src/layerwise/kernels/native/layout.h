@@ -25,6 +25,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Asked of the compiler too: a universal build compiles every file for two processors.
+#if defined(LAYERWISE_ARM) && defined(__aarch64__)
+#define LAYERWISE_NEON
+#endif
+
 namespace layerwise {
 
 constexpr int kRows = 32;  // of a tile
@@ -132,6 +137,10 @@ extern const Path kPortable;
 #if defined(LAYERWISE_X86)
 extern const Path kAvx2;
 extern const Path kAvx512;
+#endif
+#if defined(LAYERWISE_NEON)
+extern const Path kNeon;
+extern const Path kNeonDot;
 #endif
 
 }  // namespace layerwise
