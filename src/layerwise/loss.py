@@ -62,13 +62,18 @@ class Loss:
         return 1.0 if self.kind == "distance" else 0.5
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether every token has a term of its own, and not every text."""
+        return self.kind == "token kl"
+
+    @property
     def causal(self) -> bool:
         """Whether it predicts the next token."""
-        return self.kind == "token kl" and not self.masked
+        return self.of_tokens and not self.masked
 
     def terms(self, batch: Batch) -> int:
         """Loss terms in a batch: its tokens, or its texts."""
-        return int(batch.counted.sum()) if self.kind == "token kl" else len(batch.tokens)
+        return int(batch.counted.sum()) if self.of_tokens else len(batch.tokens)
 
     def target(self, output: Any, batch: Batch) -> Tensor:
         """What the loss compares: logits ``[tokens, V]`` or ``[texts, classes]``, or unit vectors ``[texts, d]``."""

@@ -220,7 +220,7 @@ def _run_unit(
     index = len(inputs) - 1 - calibration.units().index(unit)
     found = reverse_block(
         streamer, index, batches, split_of, inputs[index], gradients[index + 1], gradients[index],
-        tokens_alone=loss.kind == "token kl", whole_inputs=calibration.whole_inputs, wanted=calibration.wanted,
+        tokens_alone=loss.of_tokens, whole_inputs=calibration.whole_inputs, wanted=calibration.wanted,
     )  # fmt: skip
     for split, moments in found.items():
         moments.terms = terms[split]
@@ -280,8 +280,7 @@ def _tables(
     terms_file: Path,
 ) -> dict[str, Fitted]:
     tables = [s for s in calibration.network.tree.sites if s.kind == "table"]
-    tokens_alone = calibration.loss.kind == "token kl"
-    found = reverse_tables(streamer, tables, batches, split_of, gradients, tokens_alone)
+    found = reverse_tables(streamer, tables, batches, split_of, gradients, calibration.loss.of_tokens)
     tail, terms = load_file(terms_file), _terms(terms_file)
     out = {}
     for site in tables:

@@ -312,7 +312,7 @@ def reverse_tail(
                     inner = {n: v for n, v in observer.seen.items() if n != head}
                     directions = torch.stack([loss.direction(target, generator) for _ in range(DRAWS)])
                     out[:, start:stop] = back_propagate(
-                        target, hidden, inner, directions, moments, part, loss.kind == "token kl"
+                        target, hidden, inner, directions, moments, part, loss.of_tokens
                     )
                     observer.seen.clear()
                 yield out

@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from layerwise.kernels.library import Attention, chosen_path, library
+from layerwise.kernels.library import Attention, chosen_path, required
 
 LONGEST_HEAD, HEAD_STEP = 128, 32
 MOST_KEYS = 1024
@@ -55,16 +55,12 @@ def attend(
     mask: bool, broadcast to ``[sequences, 1, queries, keys]``; false where a key is not seen. A query that sees none
     gets zeros. The result has the same bits on every path and for any number of threads.
     """
-    loaded, path = library(), path or chosen_path()
-    if loaded is None or path is None:
-        raise RuntimeError("there is no compiled library, or it is turned off")
+    loaded, path = required(path)
     if not _fits(q, k, v, mask):
         raise ValueError("attention takes float32 [sequences, heads, tokens, dim] on the CPU, dim 32, 64, 96 or 128")
     sequences, heads, queries, dim = q.shape
     out = torch.empty(sequences, queries, heads, dim)
-    seen = None if mask is None else mask.expand(sequences, 1, queries, k.shape[2])
-    if seen is not None and seen.stride(3) != 1:
-        seen = seen.contiguous()
+    seen = seen_keys(mask, sequences, queries, k.shape[2])
     asked = Attention(
         sequences, heads, queries, k.shape[2], dim, q.data_ptr(), k.data_ptr(), v.data_ptr(), *map(_strides, (q, k, v)),
         None if seen is None else seen.data_ptr(), (0, 0) if seen is None else (seen.stride(0), seen.stride(2)),
@@ -76,6 +72,14 @@ def attend(
     if status:
         raise ValueError(f"the compiled kernels have no path {path!r} here")
     return out
+
+
+def seen_keys(mask: Tensor | None, sequences: int, queries: int, keys: int) -> Tensor | None:
+    """A mask ``[sequences, 1, queries, keys]`` as the library reads it: a query's keys beside one another."""
+    if mask is None:
+        return None
+    seen = mask.expand(sequences, 1, queries, keys)
+    return seen if seen.stride(3) == 1 else seen.contiguous()
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:

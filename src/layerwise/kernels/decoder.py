@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from layerwise.kernels.encoder import Norm, address, plain
-from layerwise.kernels.library import Decoder, DecoderBlock, chosen_path, library
+from layerwise.kernels.library import Decoder, DecoderBlock, required
 from layerwise.kernels.matrix import PackedMatrix
 
 LINEARS = ("query", "key", "value", "out", "gate", "up", "down")
@@ -214,9 +214,7 @@ def takes(x: Tensor, width: int) -> bool:
 
 
 def _run(asked: Decoder, x: Tensor, y: Tensor | None, int8: bool, path: str | None) -> None:
-    loaded, path = library(), path or chosen_path()
-    if loaded is None or path is None:
-        raise RuntimeError("there is no compiled library, or it is turned off")
+    loaded, path = required(path)
     if not asked.blocks:
         asked.rows, asked.count = x.shape[0], x.shape[1]
     asked.x, asked.y, asked.digits, asked.path = x.data_ptr(), address(y), 1 if int8 else 3, path.encode()

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.kernels.attention import HEAD_STEP, LONGEST_HEAD, MOST_KEYS
-from layerwise.kernels.library import EncoderBlock, chosen_path, library
+from layerwise.kernels.attention import HEAD_STEP, LONGEST_HEAD, MOST_KEYS, seen_keys
+from layerwise.kernels.library import EncoderBlock, required
 from layerwise.kernels.matrix import PackedMatrix
 
 LINEARS = ("query", "key", "value", "out", "up", "down")
@@ -91,17 +91,13 @@ class PackedBlock:
         of products to int8. together: how many sequences a thread takes through the block at once, -1 for all threads
         on every step; 0 leaves it to the library. It changes no bit.
         """
-        loaded, path = library(), path or chosen_path()
-        if loaded is None or path is None:
-            raise RuntimeError("there is no compiled library, or it is turned off")
+        loaded, path = required(path)
         if not takes(x, mask, self.width):
             raise ValueError(f"a block takes float32 [sequences, 1 to {MOST_KEYS} tokens, {self.width}] on the CPU")
         sequences, tokens, _ = x.shape
         x = x.detach().contiguous()
         y = torch.empty_like(x)
-        seen = None if mask is None else mask.expand(sequences, 1, tokens, tokens)
-        if seen is not None and seen.stride(3) != 1:
-            seen = seen.contiguous()
+        seen = seen_keys(mask, sequences, tokens, tokens)
         if not self.in_place():
             self._describe()
         asked = EncoderBlock.from_buffer_copy(self._described)

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.errors import InputError
 from layerwise.kernels.gpu import DEVICE, TritonMatrix
 from layerwise.kernels.matrix import Canonical
-from layerwise.kernels.samples import SAMPLES
+from layerwise.kernels.samples import SAMPLES, copies_of
 
 SET_BYTES = 416_000_000  # caches of large GPUs hold a tenth of this
-MOST_COPIES = 4096
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -72,9 +70,8 @@ def _measure(
     stored = SAMPLES[form].draw(rows, columns)
     kept = (stored.codes, stored.scale, stored.zero, stored.factor)
     packed_bytes = sum(t.numel() * t.element_size() for t in kept if t is not None)
-    if set_bytes // packed_bytes > MOST_COPIES:
-        raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
-    packed = [TritonMatrix(_copy(stored, device)) for _ in range(1 + set_bytes // packed_bytes)]
+    copies = copies_of(rows, columns, packed_bytes, set_bytes)
+    packed = [TritonMatrix(_copy(stored, device)) for _ in range(copies)]
     numbers = [torch.ones(set_bytes // 4, device=device)]
     found = []
     for name in types:

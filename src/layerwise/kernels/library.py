@@ -186,6 +186,14 @@ def _chosen(wanted: str) -> str | None:
     return wanted or here[0]
 
 
+def required(path: str | None) -> tuple[ctypes.CDLL, str]:
+    """(the library, ``path`` or the chosen one); ``RuntimeError`` where there is none."""
+    loaded, path = library(), path or chosen_path()
+    if loaded is None or path is None:
+        raise RuntimeError("there is no compiled library, or it is turned off")
+    return loaded, path
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     built = sorted(Path(__file__).parent.glob("_native*.so"))

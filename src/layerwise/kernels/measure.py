@@ -25,7 +25,7 @@ from layerwise.kernels.doctor import cache_bytes, processor
 from layerwise.kernels.library import chosen_path, library, why_absent
 from layerwise.kernels.matrix import PackedMatrix
 from layerwise.kernels.peers import PEERS, Engine, Product, prepared, versions
-from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, Sample, SparseSample
+from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, Sample, SparseSample, copies_of
 from layerwise.kernels.sparse import SparseMatrix
 
 SET_BYTES = 208_000_000
@@ -34,7 +34,6 @@ BATCHES = (1, 8, 32)
 LARGEST_SIDE = 1 << 16
 FORMS: dict[str, Sample | SparseSample] = {**SAMPLES, **SPARSE_SAMPLES}
 Matrix = PackedMatrix | SparseMatrix
-MOST_COPIES = 4096
 DIGITS = {"exact": 3, "bf16": 2, "int8": 1}  # dot products for one of activations: float32 ones, bfloat16 ones, rounded
 DOT_ROUNDS = 100_000  # of the loop of dot products: about a millisecond
 
@@ -141,9 +140,7 @@ def _measure(
 ) -> tuple[list[Row], list[PeerRow]]:
     sample = FORMS[form]
     first: Matrix = sample.packed(rows, columns)
-    if set_bytes // first.nbytes > MOST_COPIES:
-        raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
-    packed = [first, *(first.copy() for _ in range(set_bytes // first.nbytes))]
+    packed = [first, *(first.copy() for _ in range(copies_of(rows, columns, first.nbytes, set_bytes) - 1))]
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     dense = [weight.clone() for _ in range(-(-set_bytes // (4 * weight.numel())))]
     halved = [weight.bfloat16() for _ in range(-(-set_bytes // (2 * weight.numel())))]
@@ -160,8 +157,8 @@ def _measure(
                 runs[peer.name] = list(range(copies)), _of_peer(product, x)
         times: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(rounds + 1):
-            for name, (copies_of, run) in runs.items():
-                taken = _times(copies_of, run)
+            for name, (each, run) in runs.items():
+                taken = _times(each, run)
                 times[name] += taken if turn else []  # the first round meets page faults
         middle = {name: statistics.median(taken) for name, taken in times.items()}
         most = dots[0] / middle["dots"]

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layerwise.errors import InputError
 from layerwise.kernels.matrix import Canonical, PackedMatrix
 from layerwise.kernels.sparse import Kept, SparseMatrix
+
+MOST_COPIES = 4096  # of one matrix, to be read from memory and not from a cache
 
 
 @dataclass(frozen=True)
@@ -114,3 +117,10 @@ def _unpacked(stored: Canonical) -> Tensor:
 
 def _bytes(rows: int, columns: int, top: int, g: torch.Generator) -> Tensor:
     return torch.randint(0, top, (rows, columns), dtype=torch.uint8, generator=g)
+
+
+def copies_of(rows: int, columns: int, packed_bytes: int, set_bytes: int) -> int:
+    """How many copies of a matrix are more than ``set_bytes``; ``InputError`` where that is out of proportion."""
+    if set_bytes // packed_bytes > MOST_COPIES:
+        raise InputError(f"a matrix of {rows} x {columns} is too small to be measured from memory; take a larger one")
+    return 1 + set_bytes // packed_bytes
