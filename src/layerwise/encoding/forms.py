@@ -25,6 +25,7 @@ from layerwise.encoding.split import Split
 from layerwise.encoding.sums import Sum
 from layerwise.encoding.superblocks import Superblock
 from layerwise.encoding.ternary import Ternary
+from layerwise.encoding.trellis import Trellis
 from layerwise.errors import InputError, nearest
 
 FORMS: dict[str, type[Encoded]] = {
@@ -41,6 +42,7 @@ FORMS: dict[str, type[Encoded]] = {
         Directed,
         Mixed,
         Ternary,
+        Trellis,
         Binary,
         Split,
         Power,
