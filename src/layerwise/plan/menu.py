@@ -1,7 +1,8 @@
 """Which recipes are tried at which site.
 
-The default menu is what a byte is best spent on among the techniques asked for: every width from 2 to 8 bits, with
-groups that grow as the width does, since a finer grid needs fewer scales. A scale is stored in 8 bits beside one
+The default menu is what a byte is best spent on: trellises of 1 to 5 bits, even grids above them, and a few forms below
+two bits. For an engine, and for a tuner, which take even grids alone, it is even grids of every width from 2 to 8 bits,
+with groups that grow as the width does, since a finer grid needs fewer scales. A scale is stored in 8 bits beside one
 float16 factor a row: half the bytes of a float16 scale for an error that does not show.
 """
 
@@ -21,10 +22,12 @@ from layerwise.technique import find
 # (bits, group) of a linear, and of a table, which is larger and slower to encode
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))
 TABLE_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
-DEFAULT_TECHNIQUES = ("two_sided",)
-# Below three bits a weight even grids run out: these join the default menu, for linears only. They are in it whatever
-# the budget, so that a work folder serves every budget. As drafts they add a twelfth to the time of a whole compression
-# of examples/docs-lm; more tokens make the share smaller.
+EVEN_GRIDS = ("two_sided",)
+DEFAULT_TECHNIQUES = ("trellis", *EVEN_GRIDS)
+BEYOND_TRELLIS = ((6, 128), (8, 128))  # what the default menu takes of even grids
+# Below three bits a weight even grids run out, and at two a trellis is not always best: these join the menu, for
+# linears only. They are in it whatever the budget, so that a work folder serves every budget. As drafts they add a
+# twelfth to the time of a whole compression of examples/docs-lm; more tokens make the share smaller.
 BELOW_TWO_BITS = (
     "ternary:group=0,feedback=true",
     "ternary:group=32,scale_bits=8,feedback=true",
@@ -95,19 +98,20 @@ class Menu:
         return (fits[0] if fits else self.plain,)
 
 
-def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = None) -> Menu:
+def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = None, *, even: bool = False) -> Menu:
     """The menu of some techniques: ``["gptq", "awq+rtn", "hqq:bits=3,group=64"]``.
 
     A technique without options stands for its whole range of widths and groups; one with options for itself alone. A
     surgeon adds the removal of blocks to whatever else is asked for.
     The 16-bit candidate is always there. With a target, ranges are those that its engine loads; raises ``InputError``
-    for a technique that makes nothing of the kind.
+    for a technique that makes nothing of the kind. ``even``: where no technique is named, even grids alone.
     """
     linear: list[str] = []
     table: list[str] = []
     surgeons = tuple(text for text in techniques if surgery(text))
     others = [text for text in techniques if text not in surgeons]
-    for text in others or DEFAULT_TECHNIQUES:
+    default = EVEN_GRIDS if even or target is not None else DEFAULT_TECHNIQUES
+    for text in others or default:
         chain, encoder = _parts(text)
         if ":" in text:
             recipe = str(parse_recipe(text))
@@ -116,9 +120,11 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
             linear.append(recipe)
             table.append(str(parse_recipe(recipe).encoder))
             continue
-        for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
+        beyond = not others and text in EVEN_GRIDS and len(default) > len(EVEN_GRIDS)
+        for every, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
+            grids = BEYOND_TRELLIS if beyond else every
             prefix = "+".join(chain) + "+" if chain and out is linear else ""
-            named = DEFAULT_TECHNIQUES[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
+            named = EVEN_GRIDS[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
             settings = _settings(named, grids) if target is None else target_settings(named, target)
             made = [parse_recipe(prefix + setting) for setting in settings]
             out += [str(_quick(recipe) if out is table else recipe) for recipe in made]
