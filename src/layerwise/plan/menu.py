@@ -110,8 +110,7 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
     table: list[str] = []
     surgeons = tuple(text for text in techniques if surgery(text))
     others = [text for text in techniques if text not in surgeons]
-    default = EVEN_GRIDS if even or target is not None else DEFAULT_TECHNIQUES
-    for text in others or default:
+    for text in others:
         chain, encoder = _parts(text)
         if ":" in text:
             recipe = str(parse_recipe(text))
@@ -120,15 +119,15 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
             linear.append(recipe)
             table.append(str(parse_recipe(recipe).encoder))
             continue
-        beyond = not others and text in EVEN_GRIDS and len(default) > len(EVEN_GRIDS)
-        for every, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
-            grids = BEYOND_TRELLIS if beyond else every
-            prefix = "+".join(chain) + "+" if chain and out is linear else ""
-            named = EVEN_GRIDS[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
-            settings = _settings(named, grids) if target is None else target_settings(named, target)
-            made = [parse_recipe(prefix + setting) for setting in settings]
-            out += [str(_quick(recipe) if out is table else recipe) for recipe in made]
+        prefix = "+".join([*chain, ""])
+        linear += [str(parse_recipe(prefix + setting)) for setting in _settings(encoder, LINEAR_GRIDS, target)]
+        if find(encoder).family == LINEARS_ONLY:
+            table += _quick_all(_default(TABLE_GRIDS, target, even))
+        else:
+            table += _quick_all(_settings(encoder, TABLE_GRIDS, target))
     if not others:
+        linear += _default(LINEAR_GRIDS, target, even)
+        table += _quick_all(_default(TABLE_GRIDS, target, even))
         small = BELOW_TWO_BITS if target is None else [f"ternary:group={g},feedback=true" for g in target.ternary]
         linear += [str(parse_recipe(recipe)) for recipe in small]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
@@ -221,11 +220,26 @@ def _parts(text: str) -> tuple[list[str], str]:
     return names[:-1], names[-1]
 
 
-def _settings(name: str, grids: Sequence[tuple[int, int]]) -> list[str]:
-    """An encoder's own menu, or the shared range of grids."""
+def _settings(name: str, grids: Sequence[tuple[int, int]], target: Target | None = None) -> list[str]:
+    """What a target's engine loads of an encoder, or its own menu, or the shared range of grids."""
+    if target is not None:
+        return target_settings(name, target)
     if menu := find(name).menu:
         return [f"{name}:{options}" for options in menu]
     return [_on_grid(name, bits, group) for bits, group in grids]
+
+
+def _default(grids: Sequence[tuple[int, int]], target: Target | None, even: bool) -> list[str]:
+    """What stands for no technique at all."""
+    if even or target is not None:
+        made = [setting for name in EVEN_GRIDS for setting in _settings(name, grids, target)]
+    else:
+        made = [s for name in DEFAULT_TECHNIQUES for s in _settings(name, BEYOND_TRELLIS)]
+    return [str(parse_recipe(setting)) for setting in made]
+
+
+def _quick_all(settings: Sequence[str]) -> list[str]:
+    return [str(_quick(parse_recipe(setting))) for setting in settings]
 
 
 def _quick(recipe: Recipe) -> Recipe:
