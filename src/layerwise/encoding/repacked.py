@@ -1,7 +1,7 @@
 """Stored forms as the compiled kernels take them.
 
-Integers of 2 to 8 bits (symmetric, with whole and with float zeros), codebooks and ternary planes, with fp16 and 8-bit
-scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
+Integers of 2 to 8 bits (symmetric, with whole and with float zeros), trellises, codebooks and ternary planes, with
+fp16 and 8-bit scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
 A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
 which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are both kept as
 float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in four, have
@@ -31,6 +31,8 @@ from layerwise.encoding.scales import width_of
 from layerwise.encoding.sparse import Sparse
 from layerwise.encoding.sums import Sum
 from layerwise.encoding.ternary import Ternary
+from layerwise.encoding.trellis import Trellis
+from layerwise.encoding.trellis_tables import OFFSET, table
 from layerwise.kernels import gpu
 from layerwise.kernels.gpu import TritonMatrix
 from layerwise.kernels.library import chosen_path
@@ -178,6 +180,11 @@ def described(form: Encoded) -> Canonical | None:
         stored = Canonical(
             rows, columns, 2, width_of(form.group, columns), form.packed, form.scales.stored, form.scales.factor,
             centre=1, planes=form.planes, trits=True,
+        )  # fmt: skip
+    elif isinstance(form, Trellis):
+        stored = Canonical(
+            *form.shape, form.bits, width_of(form.group, form.columns), form.packed, form.scales.stored,
+            form.scales.factor, centre=OFFSET, values=table(form.bits),
         )  # fmt: skip
     else:
         return None

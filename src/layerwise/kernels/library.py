@@ -19,7 +19,7 @@ from layerwise.errors import InputError, nearest
 
 VARIABLE = "LAYERWISE_KERNELS"
 OFF = "off"
-VERSION = 5  # of the C interface
+VERSION = 6  # of the C interface
 LARGEST_KEPT = 31 << 20  # glibc's own limit is 32 MiB
 KNOWN_PATHS = ("avx512", "avx2", "neon-dot", "neon", "portable")
 
@@ -33,7 +33,7 @@ class Stored(ctypes.Structure):
         ("codes", ctypes.c_void_p), ("codes_bytes", ctypes.c_int64),
         ("scale", ctypes.c_void_p), ("scale_bytes", ctypes.c_int64),
         ("zero", ctypes.c_void_p), ("zero_bytes", ctypes.c_int64),
-        ("factor", ctypes.c_void_p), ("levels", ctypes.c_void_p),
+        ("factor", ctypes.c_void_p), ("levels", ctypes.c_void_p), ("values", ctypes.c_void_p),
     ]  # fmt: skip
 
 

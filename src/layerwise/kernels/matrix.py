@@ -1,6 +1,7 @@
 """A matrix repacked for the compiled kernels, and its products ``y = x W^T``.
 
-    W[r, k] = sum over planes of  s[r, g] (q[r, k] - z[r, g])        or  s[r, g] levels[q[r, k]],   g the group of k
+    W[r, k] = sum over planes of  s[r, g] (q[r, k] - z[r, g])        or  s[r, g] levels[q[r, k]],   g the group of k,
+                                                                     or  s[r, g] values[state of the codes above]
 
 Activations are rounded to whole numbers of a step in each block (a group, or a piece of at most 256 columns of one),
 and every sum is exact in int32, so that the bits are the same on every path and for any number of threads:
@@ -53,6 +54,7 @@ class Canonical:
     scale   [rows, planes * groups] fp16, or uint8 with a ``factor`` float32 [rows] beside it.
     zero    [rows, planes * groups] uint8 or fp16; None when every code counts from ``centre``.
     levels  float32 [16] when 4-bit codes are places in a table.
+    values  int8 [256] for codes of a trellis (``encoding/trellis.py``), 1 to 5 bits: what every state stands for.
     """
 
     rows: int
@@ -67,10 +69,11 @@ class Canonical:
     centre: int = 0
     planes: int = 1
     trits: bool = False
+    values: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Canonical:
         """The same matrix with its tensors on another device."""
-        names = ("codes", "scale", "factor", "zero", "levels")
+        names = ("codes", "scale", "factor", "zero", "levels", "values")
         there = {name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
         return replace(self, **there)
 
@@ -202,33 +205,43 @@ class PackedTable:
 def describe(stored: Canonical) -> tuple[Stored, list[Tensor | None]]:
     """``stored`` as the library takes it, and the tensors that it points into."""
     kept = [None if t is None else t.detach().cpu().contiguous() for t in _tensors(stored)]
-    codes, scale, zero, factor, levels = kept
+    codes, scale, zero, factor, levels, values = kept
     assert codes is not None and scale is not None
-    _check(stored, codes, scale, zero, factor, levels)
+    _check(stored, codes, scale, zero, factor, levels, values)
     described = Stored(
         stored.rows, stored.columns, stored.bits, stored.planes, stored.group, int(stored.trits),
         SCALE_BYTE if scale.dtype == torch.uint8 else SCALE_HALF,
         ZERO_NONE if zero is None else ZERO_BYTE if zero.dtype == torch.uint8 else ZERO_HALF,
         stored.centre, *_bytes(codes), *_bytes(scale), *_bytes(zero), _bytes(factor)[0], _bytes(levels)[0],
+        _bytes(values)[0],
     )  # fmt: skip
     return described, kept
 
 
 def _tensors(stored: Canonical) -> tuple[Tensor | None, ...]:
     factor = None if stored.factor is None else stored.factor.float()
-    return stored.codes, stored.scale, stored.zero, factor, stored.levels
+    return stored.codes, stored.scale, stored.zero, factor, stored.levels, stored.values
 
 
 def _check(
-    stored: Canonical, codes: Tensor, scale: Tensor, zero: Tensor | None, factor: Tensor | None, levels: Tensor | None
+    stored: Canonical,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    factor: Tensor | None,
+    levels: Tensor | None,
+    values: Tensor | None,
 ) -> None:
     """Types, and the sizes that the library cannot see; it checks all others."""
     sound = codes.dtype == torch.uint8 and scale.dtype in (torch.uint8, torch.float16)
     sound = sound and (zero is None or zero.dtype in (torch.uint8, torch.float16))
     sound = sound and (factor is None or factor.numel() == stored.rows)
     sound = sound and (levels is None or (levels.dtype == torch.float32 and levels.numel() == 16))
+    sound = sound and (values is None or (values.dtype == torch.int8 and values.numel() == 256))
     if not sound:
-        raise ValueError("codes are uint8, scales and zeros uint8 or fp16, a factor has one value a row, levels are 16")
+        raise ValueError(
+            "codes are uint8, scales and zeros uint8 or fp16, a factor has one value a row, levels are 16 and values 256"
+        )
 
 
 def _bytes(tensor: Tensor | None) -> tuple[int | None, int]:

@@ -196,7 +196,7 @@ void count_part(void* data, int, int) {
 
 #define LAYERWISE_API extern "C" __attribute__((visibility("default")))
 
-LAYERWISE_API int32_t layerwise_version() { return 5; }
+LAYERWISE_API int32_t layerwise_version() { return 6; }
 
 LAYERWISE_API const char* layerwise_threads() { return thread_pool(); }
 

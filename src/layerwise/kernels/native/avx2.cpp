@@ -56,6 +56,58 @@ struct Simd {
     return {_mm256_and_si256(v.low, mask), _mm256_and_si256(v.high, mask)};
   }
 
+  // For trellis.h.
+  template <int kBack>
+  static inline __m256i turned_half(__m256i own, __m256i before) {
+    const __m256i between = _mm256_permute2x128_si256(before, own, 0x21);
+    if constexpr (kBack == 4) return between;
+    return _mm256_alignr_epi8(own, between, (16 - 4 * kBack) & 15);
+  }
+  template <int kBack>
+  static inline Bytes turned(Bytes own, Bytes other) {
+    return {turned_half<kBack>(own.low, other.high), turned_half<kBack>(own.high, own.low)};
+  }
+  template <int kShift>
+  static inline Bytes shifted(Bytes v) {
+    if constexpr (kShift > 0) return {_mm256_srli_epi16(v.low, kShift), _mm256_srli_epi16(v.high, kShift)};
+    return {_mm256_slli_epi16(v.low, -kShift), _mm256_slli_epi16(v.high, -kShift)};
+  }
+  template <int kMask>
+  static inline Bytes select(Bytes a, Bytes b) {
+    const __m256i mask = _mm256_set1_epi8(char(kMask));
+    return {_mm256_or_si256(_mm256_and_si256(mask, a.low), _mm256_andnot_si256(mask, b.low)),
+            _mm256_or_si256(_mm256_and_si256(mask, a.high), _mm256_andnot_si256(mask, b.high))};
+  }
+
+  // Sixteen values at a time, of which the upper bits of a state choose. A shuffle gives 0 where a state's last bit is
+  // set: so the values of the lower and the upper half of the states only meet.
+  struct Shuffled {
+    static constexpr bool kAtOnce = false;
+    const uint8_t* values;
+
+    template <int kBit, int kNumber>
+    inline __m256i chosen(__m256i place, const __m256i* bit) const {
+      if constexpr (kBit < 0) {
+        const auto* from = reinterpret_cast<const __m128i*>(values + 16 * kNumber);
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(from)), place);
+      } else {
+        return _mm256_blendv_epi8(chosen<kBit - 1, kNumber>(place, bit),
+                                  chosen<kBit - 1, kNumber + (1 << kBit)>(place, bit), bit[kBit]);
+      }
+    }
+
+    inline __m256i half_of(__m256i state) const {
+      const __m256i bit[3] = {_mm256_slli_epi16(state, 3), _mm256_slli_epi16(state, 2), _mm256_slli_epi16(state, 1)};
+      const __m256i upper = _mm256_xor_si256(state, _mm256_set1_epi8(char(0x80)));
+      return _mm256_or_si256(chosen<2, 0>(state, bit), chosen<2, 8>(upper, bit));
+    }
+
+    inline Bytes of(Bytes state) const { return {half_of(state.low), half_of(state.high)}; }
+  };
+
+  template <typename What>
+  static inline void look_up(const uint8_t* values, What&& what) { what(Shuffled{values}); }
+
   static inline Floats same(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static inline Ints whole(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static inline Floats floats(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }

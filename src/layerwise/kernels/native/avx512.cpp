@@ -30,6 +30,76 @@ struct Simd {
     return _mm512_and_si512(v, _mm512_set1_epi8(char(kMask)));
   }
 
+  // For trellis.h.
+  template <int kBack>
+  static inline Bytes turned(Bytes own, Bytes other) { return _mm512_alignr_epi32(own, other, 16 - kBack); }
+  template <int kShift>
+  static inline Bytes shifted(Bytes v) {
+    return kShift > 0 ? _mm512_srli_epi16(v, kShift > 0 ? kShift : 0) : _mm512_slli_epi16(v, kShift < 0 ? -kShift : 0);
+  }
+  template <int kMask>
+  static inline Bytes select(Bytes a, Bytes b) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(kMask)), a, b, 0xca);
+  }
+
+  template <int kBit>
+  static inline __mmask64 has(Bytes v) { return _mm512_test_epi8_mask(v, _mm512_set1_epi8(char(1 << kBit))); }
+
+  // Written out: this file is compiled for processors without VBMI as well, which take the other table.
+  struct Permuted {
+    static constexpr bool kAtOnce = true;
+    __m512i values[4];
+
+    explicit inline Permuted(const uint8_t* from)
+        : values{_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64), _mm512_loadu_si512(from + 128),
+                 _mm512_loadu_si512(from + 192)} {}
+
+    template <int kTop>
+    inline Bytes at(Bytes state, Bytes top) const {
+      Bytes low = state, high = state;  // of seven bits each
+      __asm__("vpermi2b %2, %1, %0" : "+v"(low) : "v"(values[0]), "v"(values[1]));
+      __asm__("vpermi2b %2, %1, %0" : "+v"(high) : "v"(values[2]), "v"(values[3]));
+      constexpr int kBit = kTop < 8 ? kTop : 7;
+      return _mm512_mask_blend_epi8(has<kBit>(kTop < 8 ? top : state), low, high);
+    }
+  };
+
+  // Sixteen values at a time, of which the upper bits of a state choose.
+  struct Shuffled {
+    static constexpr bool kAtOnce = false;
+    const uint8_t* values;
+
+    template <int kNumber>
+    inline Bytes sixteen() const {
+      return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 16 * kNumber)));
+    }
+
+    template <int kBit, int kNumber>
+    inline Bytes chosen(Bytes place, const __mmask64* bit) const {
+      if constexpr (kBit == 0) {
+        return _mm512_mask_shuffle_epi8(_mm512_shuffle_epi8(sixteen<kNumber>(), place), bit[0], sixteen<kNumber + 1>(),
+                                        place);
+      } else {
+        return _mm512_mask_blend_epi8(bit[kBit], chosen<kBit - 1, kNumber>(place, bit),
+                                      chosen<kBit - 1, kNumber + (1 << kBit)>(place, bit));
+      }
+    }
+
+    inline Bytes of(Bytes state) const {
+      const __mmask64 bit[4] = {has<4>(state), has<5>(state), has<6>(state), has<7>(state)};
+      return chosen<3, 0>(_mm512_and_si512(state, _mm512_set1_epi8(15)), bit);
+    }
+  };
+
+  template <typename What>
+  static inline void look_up(const uint8_t* values, What&& what) {
+    if (__builtin_cpu_supports("avx512vbmi")) {
+      what(Permuted(values));
+    } else {
+      what(Shuffled{values});
+    }
+  }
+
   static inline Floats same(float v) { return _mm512_set1_ps(v); }
   static inline Ints whole(int32_t v) { return _mm512_set1_epi32(v); }
   static inline Floats floats(const float* from) { return _mm512_loadu_ps(from); }

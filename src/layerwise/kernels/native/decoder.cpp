@@ -56,7 +56,7 @@ class Barrier {
 };
 
 bool same_layout(const Matrix& a, const Matrix& b) {
-  return a.columns == b.columns && a.width == b.width && a.blocks == b.blocks && a.table == b.table &&
+  return a.columns == b.columns && a.width == b.width && a.blocks == b.blocks && a.table == b.table && a.trellis == b.trellis &&
          memcmp(a.block, b.block, size_t(a.blocks) * sizeof(Block)) == 0;
 }
 

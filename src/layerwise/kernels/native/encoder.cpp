@@ -48,7 +48,7 @@ struct Team {
 };
 
 bool same_layout(const Matrix& a, const Matrix& b) {
-  return a.columns == b.columns && a.width == b.width && a.blocks == b.blocks &&
+  return a.columns == b.columns && a.width == b.width && a.blocks == b.blocks && a.trellis == b.trellis &&
          memcmp(a.block, b.block, size_t(a.blocks) * sizeof(Block)) == 0;
 }
 

@@ -62,11 +62,13 @@ struct Matrix {
   ZeroKind zero_kind;   // none: the zero is `centre`
   int32_t table;        // 1: a code is a place in `levels` and has no zero
   int32_t narrow;       // 1: a code less its whole zero is -128 .. 127, whatever the code
+  int32_t trellis;      // 1: what is multiplied are codes of eight bits, to which those of `bits` lead, see trellis.h
   Block* block;         // [blocks]
   Places* places;       // [planes * blocks]
   uint8_t* data;        // tiles
   float* factor;        // [tiles * 32] of the row, with scales of one byte; else null
   float levels[16];     // up to 4 bits: the value of every code, centred
+  uint8_t values[256];  // of a trellis: the code of eight bits that every state stands for
   size_t bytes;         // of data
 };
 

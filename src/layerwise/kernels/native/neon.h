@@ -72,6 +72,49 @@ struct Simd {
     return LAYERWISE_ONE((field_of<kShift, kMask>), v);
   }
 
+  // For trellis.h.
+  template <int kBack>
+  static inline uint8x16_t turned_quarter(uint8x16_t own, uint8x16_t before) {
+    if constexpr (kBack == 4) return before;
+    return vextq_u8(before, own, (16 - 4 * kBack) & 15);
+  }
+  template <int kBack>
+  static inline Bytes turned(Bytes own, Bytes other) {
+    return {{turned_quarter<kBack>(own.q[0], other.q[3]), turned_quarter<kBack>(own.q[1], own.q[0]),
+             turned_quarter<kBack>(own.q[2], own.q[1]), turned_quarter<kBack>(own.q[3], own.q[2])}};
+  }
+  template <int kShift>
+  static inline Bytes shifted(Bytes v) {
+    return field<kShift, (kShift > 0 ? 255 >> kShift : 255 << -kShift & 255)>(v);
+  }
+  template <int kMask>
+  static inline Bytes select(Bytes a, Bytes b) {
+    const uint8x16_t mask = vdupq_n_u8(kMask);
+    return {{vbslq_u8(mask, a.q[0], b.q[0]), vbslq_u8(mask, a.q[1], b.q[1]), vbslq_u8(mask, a.q[2], b.q[2]),
+             vbslq_u8(mask, a.q[3], b.q[3])}};
+  }
+
+  // Sixty-four values at a time; a place beyond them leaves what is there.
+  struct Permuted {
+    static constexpr bool kAtOnce = false;
+    uint8x16x4_t values[4];
+
+    explicit inline Permuted(const uint8_t* from)
+        : values{vld1q_u8_x4(from), vld1q_u8_x4(from + 64), vld1q_u8_x4(from + 128), vld1q_u8_x4(from + 192)} {}
+
+    inline uint8x16_t quarter_of(uint8x16_t state) const {
+      uint8x16_t found = vqtbl4q_u8(values[0], state);
+      found = vqtbx4q_u8(found, values[1], vsubq_u8(state, vdupq_n_u8(64)));
+      found = vqtbx4q_u8(found, values[2], vsubq_u8(state, vdupq_n_u8(128)));
+      return vqtbx4q_u8(found, values[3], vsubq_u8(state, vdupq_n_u8(192)));
+    }
+
+    inline Bytes of(Bytes state) const { return LAYERWISE_ONE(quarter_of, state); }
+  };
+
+  template <typename What>
+  static inline void look_up(const uint8_t* values, What&& what) { what(Permuted(values)); }
+
   static inline Floats same(float v) { return {{vdupq_n_f32(v), vdupq_n_f32(v), vdupq_n_f32(v), vdupq_n_f32(v)}}; }
   static inline Ints whole(int32_t v) { return {{vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v), vdupq_n_s32(v)}}; }
   static inline Floats floats(const float* from) {

@@ -52,6 +52,18 @@ void unpack_row(const Stored& s, const uint8_t* row, uint8_t* codes) {
   }
 }
 
+// The states of a row of a trellis: its codes and those of the rows above it, round its strip, which is a tile.
+void unpack_states(const Stored& s, int64_t row, int64_t row_bytes, uint8_t* states, uint8_t* codes) {
+  memset(states, 0, size_t(s.columns));
+  const int64_t strip = row / kRows * kRows;
+  for (int64_t back = 0; back * s.bits < 8; ++back) {
+    const int64_t above = strip + (row - strip - back + kRows) % kRows;
+    if (above >= s.rows) continue;  // code 0
+    unpack_row(s, s.codes + above * row_bytes, codes);
+    for (int64_t k = 0; k < s.columns; ++k) states[k] = uint8_t(states[k] | codes[k] << (back * s.bits));
+  }
+}
+
 // One block of one row of a tile, into memory that is zero.
 void place_row(int bits, const Block& block, const uint8_t* codes, int row, uint8_t* out) {
   int widths[4];
@@ -74,12 +86,16 @@ void place_row(int bits, const Block& block, const uint8_t* codes, int row, uint
 bool sound(const Stored& s) {
   if (s.rows < 1 || s.columns < 1 || s.rows > INT_MAX || s.columns > INT_MAX) return false;
   if (s.rows * s.columns > int64_t(1) << 40) return false;
-  if (s.bits < 2 || s.bits > 8 || s.planes < 1 || s.planes > 4 || s.group < 1 || s.group > s.columns) return false;
+  if (s.bits < (s.values != nullptr ? 1 : 2) || s.bits > 8 || s.planes < 1 || s.planes > 4 || s.group < 1 || s.group > s.columns) return false;
   if (s.trits && s.bits != 2) return false;
   if (s.levels != nullptr && (s.bits != 4 || s.zero_kind != kZeroNone)) return false;
   if (s.scale_kind != kScaleHalf && s.scale_kind != kScaleByte) return false;
   if (s.zero_kind < kZeroNone || s.zero_kind > kZeroHalf || s.centre < 0 || s.centre > 128) return false;
-  if (s.bits == 8 ? s.centre != 128 : s.centre > (1 << (s.bits - 1))) return false;  // a centred code is an int8
+  if (s.values != nullptr) {
+    if (s.bits > 5 || s.planes != 1 || s.trits || s.levels != nullptr || s.zero_kind != kZeroNone) return false;
+  }
+  // A centred code is an int8.
+  if (s.bits == 8 || s.values != nullptr ? s.centre != 128 : s.centre > (1 << (s.bits - 1))) return false;
   const int64_t groups = (s.columns + s.group - 1) / s.group, entries = s.rows * s.planes * groups;
   if (s.codes == nullptr || s.codes_bytes != s.rows * s.planes * stored_row_bytes(s)) return false;
   if (s.scale == nullptr || s.scale_bytes != entries * (s.scale_kind == kScaleHalf ? 2 : 1)) return false;
@@ -189,7 +205,16 @@ static bool is_narrow(const Stored& s) {
       most = s.zero[i] > most ? s.zero[i] : most;
     }
   }
-  return most <= 128 && (int64_t(1) << s.bits) - 1 - least <= 127;
+  const int64_t codes = s.values != nullptr ? 256 : int64_t(1) << s.bits;
+  return most <= 128 && codes - 1 - least <= 127;
+}
+
+// A state of a trellis as the loops put it together, see trellis.h.
+static int in_order(int state, int bits) {
+  const auto field = [state](int from, int count, int to) { return (state >> from & ((1 << count) - 1)) << to; };
+  if (bits == 3) return field(0, 2, 0) | field(2, 1, 6) | field(3, 2, 4) | field(5, 1, 7) | field(6, 2, 2);
+  if (bits == 5) return field(0, 4, 0) | field(4, 1, 7) | field(5, 3, 4);
+  return state;
 }
 
 Matrix* repack(const Stored& s, int threads) {
@@ -199,7 +224,10 @@ Matrix* repack(const Stored& s, int threads) {
   m->rows = s.rows, m->columns = s.columns, m->tiles = (s.rows + kRows - 1) / kRows;
   m->bits = int32_t(s.bits), m->planes = int32_t(s.planes), m->centre = int32_t(s.centre);
   m->scale_kind = ScaleKind(s.scale_kind), m->zero_kind = ZeroKind(s.zero_kind);
-  m->table = s.levels != nullptr, m->narrow = is_narrow(s);
+  m->table = s.levels != nullptr, m->narrow = is_narrow(s), m->trellis = s.values != nullptr;
+  for (int state = 0; m->trellis && state < 256; ++state) {
+    m->values[in_order(state, m->bits)] = uint8_t(s.values[state] + 128);
+  }
   for (int code = 0; code < 16; ++code) m->levels[code] = m->table ? s.levels[code] : float(code - m->centre);
   const int64_t blocks = cut_blocks(s, nullptr, &m->width);
   if (blocks > INT_MAX / 4) return release(m), nullptr;
@@ -266,7 +294,7 @@ int take_rows(const Stored& s, const int64_t* index, int64_t count, float* out) 
   for (int64_t i = 0; i < count; ++i) {
     if (index[i] < 0 || index[i] >= s.rows) return 5;
   }
-  auto* codes = static_cast<uint8_t*>(malloc(size_t(s.columns)));
+  auto* codes = static_cast<uint8_t*>(malloc(size_t(s.columns) * (s.values != nullptr ? 2 : 1)));
   if (codes == nullptr) return 3;
   const int64_t row_bytes = stored_row_bytes(s), groups = (s.columns + s.group - 1) / s.group;
   const auto half_at = [](const uint8_t* from) {
@@ -278,7 +306,11 @@ int take_rows(const Stored& s, const int64_t* index, int64_t count, float* out) 
     float* to = out + i * s.columns;
     for (int64_t plane = 0; plane < s.planes; ++plane) {
       const int64_t of_plane = index[i] * s.planes + plane;
-      unpack_row(s, s.codes + of_plane * row_bytes, codes);
+      if (s.values != nullptr) {
+        unpack_states(s, index[i], row_bytes, codes, codes + s.columns);
+      } else {
+        unpack_row(s, s.codes + of_plane * row_bytes, codes);
+      }
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t at = of_plane * groups + g, last = (g + 1) * s.group < s.columns ? (g + 1) * s.group : s.columns;
         float scale = s.scale_kind == kScaleHalf ? half_at(s.scale + 2 * at) : float(s.scale[at]);
@@ -287,7 +319,10 @@ int take_rows(const Stored& s, const int64_t* index, int64_t count, float* out) 
         if (s.zero_kind == kZeroByte) zero = float(s.zero[at]);
         if (s.zero_kind == kZeroHalf) zero = half_at(s.zero + 2 * at);
         for (int64_t k = g * s.group; k < last; ++k) {
-          const float value = (s.levels != nullptr ? s.levels[codes[k] & 15] : float(codes[k]) - zero) * scale;
+          const float level = s.levels != nullptr   ? s.levels[codes[k] & 15]
+                              : s.values != nullptr ? float(s.values[codes[k]])
+                                                    : float(codes[k]) - zero;
+          const float value = level * scale;
           to[k] = plane == 0 ? value : to[k] + value;
         }
       }

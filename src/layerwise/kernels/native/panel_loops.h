@@ -123,8 +123,9 @@ void many_tokens(const Matrix& m, const Activations& a, int64_t tile, const Outp
     for (int64_t b = 0; b < all; ++b) {
       prepare_panel<kBits, kSigned>(m, base, b, panel);
       // The codes of the next block and their scales.
-      const uint8_t* behind = panel.stored + int64_t(panel.columns) * kRows * kBits / 8;
-      Ahead ahead = {behind, behind + (behind - panel.stored) + 2 * kLine};
+      const int64_t bytes = int64_t(panel.columns) * kRows * (kBits == 8 ? m.bits : kBits) / 8;
+      const uint8_t* behind = base + m.places[b].codes + bytes;
+      Ahead ahead = {behind, behind + bytes + 2 * kLine};
       Given given = given_of<kDigits>(m, a, b % m.blocks, first);
       float* own = totals;
       int64_t left = last - first;

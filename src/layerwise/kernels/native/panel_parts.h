@@ -12,7 +12,7 @@
 // kShifts (whether codes may be signed here), and what that takes.
 #pragma once
 
-#include "tile_parts.h"
+#include "trellis.h"
 
 namespace {
 
@@ -24,7 +24,7 @@ struct Panel {
   alignas(kLine) int32_t start[kRows];  // where codes are signed: what their sums begin with
   alignas(kLine) uint8_t offset[2 * kLine];  //   and what is taken from the codes, which is not in `minus`
   const uint8_t* stored;               // the codes as the matrix has them, and as bytes: `wide`, or the same where
-  const uint8_t* codes;                //   the matrix has bytes
+  const uint8_t* codes;                //   the matrix has bytes; of a trellis both are `wide`
   int32_t columns;
   bool has_rest, has_minus;
 };
@@ -53,6 +53,10 @@ LAYERWISE_INLINE void prepare_panel(const Matrix& m, const uint8_t* base, int64_
   panel.stored = base + m.places[b].codes;
   panel.codes = kDecodes<kBits, kSigned> ? panel.wide : panel.stored;
   panel.columns = m.block[b % m.blocks].padded;
+  if (kBits == 8 && m.trellis) {
+    spread_trellis(m, base, b, panel.wide);
+    panel.stored = panel.codes = panel.wide;
+  }
   panel.has_rest = m.zero_kind == kZeroHalf, panel.has_minus = !kSigned || !m.narrow;
   const Simd::Floats centre = Simd::same(float(m.centre));
   for (int half = 0; half < 2; ++half) {

@@ -20,6 +20,7 @@ struct Stored {
   int64_t zero_bytes;
   const float* factor;    // [rows], or null
   const float* levels;    // [16], or null: the codes are places in it
+  const int8_t* values;   // [256], or null: what the states of a trellis stand for (encoding/trellis.py), of 1 to 5 bits
 };
 
 Matrix* repack(const Stored& stored, int threads);  // null: it does not fit together, or there is no memory

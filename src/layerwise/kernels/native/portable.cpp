@@ -49,6 +49,35 @@ struct Simd {
     return v;
   }
 
+  // For trellis.h.
+  template <int kBack>
+  static inline Bytes turned(const Bytes& own, const Bytes& other) {
+    Bytes out;
+    memcpy(out.byte, other.byte + 64 - 4 * kBack, 4 * kBack);
+    memcpy(out.byte + 4 * kBack, own.byte, 64 - 4 * kBack);
+    return out;
+  }
+  template <int kShift>
+  static inline Bytes shifted(const Bytes& v) { return field<kShift, 255>(v); }
+  template <int kMask>
+  static inline Bytes select(Bytes a, const Bytes& b) {
+    for (int i = 0; i < 64; ++i) a.byte[i] = uint8_t((a.byte[i] & kMask) | (b.byte[i] & ~kMask));
+    return a;
+  }
+
+  struct Plain {
+    static constexpr bool kAtOnce = false;
+    const uint8_t* values;
+
+    inline Bytes of(Bytes state) const {
+      for (int i = 0; i < 64; ++i) state.byte[i] = values[state.byte[i]];
+      return state;
+    }
+  };
+
+  template <typename What>
+  static inline void look_up(const uint8_t* values, What&& what) { what(Plain{values}); }
+
   static inline Floats same(float v) { LAYERWISE_LANES(Floats, v); }
   static inline Ints whole(int32_t v) { LAYERWISE_LANES(Ints, v); }
   static inline Floats floats(const float* from) { LAYERWISE_LANES(Floats, from[r]); }

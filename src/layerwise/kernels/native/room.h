@@ -32,6 +32,8 @@ inline size_t whole_lines(size_t bytes) { return (bytes + kLine - 1) / kLine * k
 inline int64_t token_stride(int64_t bytes) { return int64_t((whole_lines(size_t(bytes)) / kLine | 1) * kLine); }
 
 constexpr int64_t kFew = 8;  // up to so many tokens, each of them decodes the codes for itself
+// Those of a trellis take too long for that: as many as one decoding serves.
+inline int64_t few_of_trellis(int64_t side_by_side) { return side_by_side < 2 ? 1 : 2; }
 
 // Where the activations of `tokens` for a product by `path` lie, `digits` of each (0: as floats).
 struct ActivationRoom {
@@ -39,11 +41,12 @@ struct ActivationRoom {
   size_t values, sums, bytes;  // `bytes` in all
 
   ActivationRoom(const Path& path, const Matrix& m, int64_t tokens, int32_t digits) {
-    together = digits == 0 || tokens <= kFew ? 0 : path.side_by_side(int(digits));
-    const int64_t beside = together > 0 ? together : 1, wide = m.width * (digits == 0 ? 4 : digits);
-    sets = (tokens + beside - 1) / beside, stride = token_stride(wide);
-    values = together > 0 ? whole_lines(size_t(wide * beside * sets)) : size_t(tokens) * size_t(stride);
-    sums = size_t(sets * beside) * size_t(m.blocks);
+    const int64_t beside = digits == 0 ? 0 : path.side_by_side(int(digits));
+    together = tokens <= (m.trellis ? few_of_trellis(beside) : kFew) ? 0 : beside;
+    const int64_t set = together > 0 ? together : 1, wide = m.width * (digits == 0 ? 4 : digits);
+    sets = (tokens + set - 1) / set, stride = token_stride(wide);
+    values = together > 0 ? whole_lines(size_t(wide * set * sets)) : size_t(tokens) * size_t(stride);
+    sums = size_t(sets * set) * size_t(m.blocks);
     bytes = values + sums * size_t(8 + 4 * digits);
   }
 

@@ -203,6 +203,34 @@ void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
   }
 }
 
+// One or two tokens and a trellis: a block becomes codes of eight bits in the first cache, and is multiplied there.
+template <int kDigits, int kCount>
+void few_of_trellis(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
+  constexpr int kHalves = Simd::kHalves;
+  using Sums = BlockSums<8, kDigits, kCount, kHalves, 0>;
+  alignas(kLine) uint8_t wide[kLongestBlock * kRows];
+  Simd::Floats total[2][kCount];
+  for (int half = 0; half < 2; ++half)
+    for (int t = 0; t < kCount; ++t) total[half][t] = Simd::same(0.0f);
+  const uint8_t* base = m.data + tile * m.tile_bytes;
+  for (int64_t b = 0; b < m.blocks; ++b) {
+    if (b % 2 == 0) prefetch<kLine, kAhead<8>>(base + m.places[b].scale);
+    spread_trellis(m, base, b, wide);
+    const int8_t* x = a.codes + token * a.stride + m.block[b].place * kDigits;
+    each<0, 2 / kHalves>([&](auto part) __attribute__((always_inline)) {
+      constexpr int half = decltype(part)::value * kHalves;
+      Sums sums;
+      sums.add(wide + half * kLine, x, a.stride, m.block[b].padded);
+      sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
+        Simd::Floats& own = total[half + decltype(h)::value][decltype(t)::value];
+        own = Simd::fused(v.scale, v.sum, own);
+      });
+    });
+  }
+  for (int half = 0; half < 2; ++half)
+    for (int t = 0; t < kCount; ++t) store_rows(m, tile, half, total[half][t], out, token + t);
+}
+
 // ---------------------------------------------------------------- the matrix itself
 
 // Values as the stored form defines them, (q - z) * s in float32 and planes added in order: equal to it bit for bit.
@@ -215,8 +243,14 @@ void decode_tile(const Matrix& m, int64_t tile, float* y, int64_t stride) {
   for (int64_t b = 0; b < all; ++b) {
     const Block& block = m.block[b % m.blocks];
     const bool more = b >= m.blocks;
+    const uint8_t* first = base + m.places[b].codes;
+    alignas(kLine) uint8_t wide[kBits == 8 ? kLongestBlock * kRows : 1];
+    if (kBits == 8 && m.trellis) {
+      spread_trellis(m, base, b, wide);
+      first = wide;
+    }
     for (int half = 0; half < 2; ++half) {
-      const uint8_t* codes = base + m.places[b].codes + half * U::bytes;
+      const uint8_t* codes = first + half * U::bytes;
       Simd::Floats scale = block_scale(m, base, b, half);
       if (m.factor != nullptr) scale = Simd::times(scale, Simd::floats(m.factor + tile * kRows + half * kHalf));
       // A float zero must be subtracted from the code itself: the centre would be rounded away from it first.
@@ -270,6 +304,14 @@ void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t l
       continue;
     }
     int64_t t = 0;
+    if constexpr (kBits == 8) {
+      if (m.trellis) {
+        if constexpr (kMost >= 2)
+          for (; t + 2 <= a.tokens; t += 2) few_of_trellis<kDigits, 2>(m, a, tile, t, out);
+        for (; t < a.tokens; ++t) few_of_trellis<kDigits, 1>(m, a, tile, t, out);
+        continue;
+      }
+    }
     if constexpr (kMost >= 8)
       for (; t + 8 <= a.tokens; t += 8) few_tokens<kBits, kDigits, 8>(m, a, tile, t, out);
     if constexpr (kMost >= 4)
@@ -280,10 +322,10 @@ void whole_tiles(const Matrix& m, const Activations& a, int64_t first, int64_t l
   }
 }
 
-// Calls what(Number<bits>) for the matrix's bits.
+// Calls what(Number<bits>) for the bits of what is multiplied.
 template <typename What>
 LAYERWISE_INLINE void with_bits(const Matrix& m, What&& what) {
-  switch (m.bits) {
+  switch (m.trellis ? 8 : m.bits) {
     case 2: return what(Number<2>());
     case 3: return what(Number<3>());
     case 4: return what(Number<4>());
