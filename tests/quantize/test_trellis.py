@@ -14,7 +14,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.scales import Scales
 from layerwise.encoding.trellis import STRIP, states_of
-from layerwise.encoding.trellis_tables import table
+from layerwise.encoding.trellis_tables import UNIT, table
 from layerwise.quantize._rounding import factor
 from layerwise.quantize._strips import Curvature, Strips, cut, first_scales, recut
 from layerwise.recipe import parse_technique
@@ -54,7 +54,7 @@ def test_a_strip_takes_the_best_of_all_paths(bits: int, count: int) -> None:
 def test_on_normal_numbers_it_is_worth_what_its_table_says(bits: int, decibels: float) -> None:
     weight = torch.randn(512, 128, generator=torch.Generator().manual_seed(1))
     curvature = Curvature(None, None, None, torch.ones(512, dtype=torch.float64))
-    scales = Scales.of(first_scales(torch.ones(512, 128), bits, 0, torch.ones(128)), 16).values()
+    scales = torch.full((512, 1), UNIT[bits])
     states = cut(weight, bits, 0, scales, curvature, 0)
     error = float((table(bits).float()[states.long()] * scales - weight).square().mean())
     assert -10 * np.log10(error) == pytest.approx(decibels, abs=0.12)
@@ -124,10 +124,29 @@ def test_the_output_side_lowers_the_loss_on_other_tokens(weight: Tensor, moments
         assert errors[0] < 0.9 * errors[1]
 
 
-def test_a_table_counts_each_row_by_its_weight(weight: Tensor, site: Any) -> None:
-    """In a strip of a table, rows that are looked up often are nearer to what they were."""
+def test_a_table_counts_its_rows_alike(weight: Tensor, site: Any) -> None:
+    """How often each entry is looked up does not let the others of its strip come to ruin."""
     often = torch.ones(40)
     often[::2] = 100.0
-    form = parse_technique("trellis:bits=2,group=0").encode(weight, site(often, torch.ones(72)))
-    errors = (form.decode() - weight).square().mean(1)
-    assert float(errors[::2].mean()) < 0.6 * float(errors[1::2].mean())
+    encoder = parse_technique("trellis:bits=2,group=0")
+    forms = [encoder.encode(weight, site(rows, torch.ones(72))) for rows in (often, torch.ones(40))]
+    assert torch.equal(forms[0].decode(), forms[1].decode())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_groups_with_long_tails_get_wider_scales(bits: int) -> None:
+    """Ablation: the deviation alone cuts the tails off."""
+    generator = torch.Generator().manual_seed(3)
+    normal = torch.randn(256, 128, generator=generator)
+    tailed = normal * torch.randn(256, 128, generator=generator).abs() ** 2
+    even, curvature = torch.ones(128), Curvature(None, None, None, torch.ones(256, dtype=torch.float64))
+    assert torch.allclose(
+        first_scales(normal, bits, 0, even)[:, 0], normal.square().mean(1).sqrt() * UNIT[bits], rtol=0.2
+    )
+
+    def error(scales: Tensor) -> float:
+        points = table(bits).float()[cut(tailed, bits, 0, scales, curvature, 0).long()] * scales
+        return float((points - tailed).square().mean())
+
+    plain = tailed.square().mean(1, keepdim=True).sqrt() * UNIT[bits]
+    assert error(first_scales(tailed, bits, 0, even)) < 0.9 * error(plain)

@@ -11,7 +11,8 @@ single rows: in the first pass these are ``diag D``, and what lies beside the di
 gives each strip of each column the path that is best around the present one, weighed with all of ``R``, and takes it
 only where the loss falls.
 
-A table's rows stand alone and differ in weight: its paths count each row by how much the loss hangs on it.
+Where rows do not act on each other, as in a table, they count alike. A path can favour some rows of its strip to the
+ruin of the others, and which entries other texts will look up calibration knows only in part.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.encoding.grid import row_pieces
 from layerwise.encoding.grid_loops import cut_tile, recut_tile
 from layerwise.encoding.scales import by_group, places
 from layerwise.encoding.trellis import STRIP
@@ -32,7 +34,10 @@ from layerwise.encoding.trellis_tables import UNIT, table
 from layerwise.quantize._levels import DAMP, ROW_DAMP, Feedback
 from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
 
-LEAST_WEIGHT = 1e-3  # of a row, beside the mean of all: rows without any would take part in no choice
+# What a path leaves of a number of size x (see ``first_scales``): (plain, beyond), from normal numbers among which some
+# of other sizes had been put.
+LEFT = {1: (880, 0.7), 2: (177, 0.16), 3: (38, 0.065), 4: (9.5, 0.03), 5: (2, 0.015)}
+SPREADS = tuple(step / 8 for step in range(13))  # powers of two by which the usual scale is widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +84,8 @@ class Curvature:
         rows = statistics.remembered(("rows", row_damp, False), m, lambda: factor(statistics.rows, row_damp))
         own = diagonal(statistics.rows).double().clamp(min=0)
         mean = float(own.mean())
-        weights = (own / mean).clamp(min=LEAST_WEIGHT) if mean > 0 else torch.ones(m, dtype=torch.float64)
+        alone = rows is None or not mean > 0
+        weights = torch.ones(m, dtype=torch.float64) if alone else own / mean + row_damp
         return Curvature(columns, rows, None if rows is None else Strips.of(rows), weights)
 
     def importance(self, statistics: SiteStatistics) -> Tensor:
@@ -92,12 +98,32 @@ class Curvature:
 
 
 def first_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> Tensor:
-    """Scales that give the table the deviation of each group: float32 [m, groups]."""
+    """Scales of the least error that a path is expected to leave: float32 [m, groups].
+
+    The table is spread for normal numbers and ends at 127: where a group has longer tails, a scale that gives it the
+    deviation of the table would cut them off. So some wider ones are tried against what a path leaves of a number ``x = |w| / s`` on average, ``s^2 (plain + beyond max(0, x - 55)^2 + max(0, x - 125)^2)``.
+    """
     costs = by_group(importance.double().clamp(min=0), group)
-    costs = costs + 1e-9 * costs.mean() + 1e-300
-    squares = (by_group(weight.detach().double(), group) ** 2 * costs).sum(-1)
-    filled = by_group(torch.ones(weight.shape[1], dtype=torch.float64), group)
-    return ((squares / (costs * filled).sum(-1)).sqrt() * UNIT[bits]).float()
+    costs = (costs + 1e-9 * costs.mean() + 1e-300).float()
+    costs = costs * by_group(torch.ones(weight.shape[1]), group)
+    costs /= costs.sum(-1, keepdim=True)
+    found = [_scales(weight[rows].detach().float().abs(), bits, group, costs) for rows in row_pieces(*weight.shape)]
+    return torch.cat(found)
+
+
+def _scales(sizes: Tensor, bits: int, group: int, costs: Tensor) -> Tensor:
+    """The same for some rows; costs float32 [groups, width], of sum one in each group."""
+    sizes = by_group(sizes, group)
+    usual = (sizes.square() * costs).sum(-1).sqrt() * UNIT[bits]
+    plain, beyond = LEFT[bits]
+    best, least = usual, torch.full_like(usual, torch.inf)
+    for step in SPREADS:
+        scale = usual * 2.0**step
+        x = sizes / scale.clamp(min=1e-30)[..., None]
+        left = (x - 55).clamp(min=0).square_().mul_(beyond) + (x - 125).clamp(min=0).square_()
+        error = (plain + (left * costs).sum(-1)) * scale.square()
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
 
 
 def cut(weight: Tensor, bits: int, group: int, scales: Tensor, curvature: Curvature, sweeps: int) -> Tensor:

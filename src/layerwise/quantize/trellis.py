@@ -6,17 +6,17 @@ A code of k bits, with those of the rows above it in its column (``encoding.trel
 values: from where the codes before have led, ``2^k`` of them are in reach, and a path through all of it comes nearer to
 a column of weights than any choice of each weight alone. It is found for 32 rows at a time by dynamic programming
 (Viterbi), column by column in the order of GPTQ, with the errors of the columns and of the strips before fed back
-(``quantize._strips``); then ``sweeps`` cut every strip again while all others stay, and ``refits`` fit the scales to the
-codes and sweep again. H and G are those of TWO-SIDED. bits per weight = k + 16 / g, or k + 8 / g + 16 / n with
+(``quantize._strips``); then ``sweeps`` cut every strip again while all others stay, and ``refits`` fit the scales to
+the codes and sweep again. H and G are those of TWO-SIDED. bits per weight = k + 16 / g, or k + 8 / g + 16 / n with
 ``scale_bits = 8``; there are no zeros, and wide groups lose little. O(256 m n) a pass beside TWO-SIDED's products.
 
 Source: A. Tseng, Q. Sun, D. Hou, C. De Sa, *QTIP: Quantization with Trellises and Incoherence Processing*, arXiv
 2406.11235, which has the window of codes as the state, tail-biting rings and feedback by blocks. Choices of ours:
-- rings of 32 rows in a column, not tiles of 16 x 16, so that feedback along the columns is exact and a ring is one tile
-  of the compiled kernels; states of 8 bits, whose table of 256 bytes the processor looks up in registers (theirs have 16,
-  computed by arithmetic);
-- tables trained on normal numbers for each width (``encoding.trellis_tables``); no rotation: scales per group instead of
-  incoherence, ``--rewrite hadamard`` is there for those who want both;
+- rings of 32 rows in a column, not tiles of 16 x 16, so that feedback along the columns is exact and a ring is one
+  tile of the compiled kernels; states of 8 bits, whose table of 256 bytes the processor looks up in registers (theirs
+  have 16, computed by arithmetic);
+- tables trained on normal numbers for each width (``encoding.trellis_tables``); no rotation: scales per group, wider
+  where tails are long, instead of incoherence; ``--rewrite hadamard`` is there for those who want both;
 - feedback along the rows too, sweeps, and scales refitted under the loss, as in TWO-SIDED.
 
 Rows that are no multiple of 32 leave a ring in part to codes that are not there, which costs its other rows some of the
