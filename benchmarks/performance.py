@@ -29,6 +29,9 @@ from torch import Tensor, nn
 
 from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.encoded import Encoded
+from layerwise.encoding.scales import Scales, groups_of
+from layerwise.encoding.trellis import Trellis
+from layerwise.encoding.trellis_tables import UNIT
 from layerwise.generate.network import causal_network
 from layerwise.generate.wanted import Wanted, silent
 from layerwise.kernels.measure import PeerRow, Report, Row, measure
@@ -41,6 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SENTENCES, WORDS = 16, 32
 PROMPT, NEW_TOKENS = 16, 32
 VOCABULARY = 32000
+TRELLIS = "random trellis of bits="  # in place of a recipe
 SETTLED = 0.02  # seconds: threads of the engine before spin for some time, on the cores that the next one needs
 
 FAST = (
@@ -83,8 +87,19 @@ def packed(network: nn.Module, recipe: str, activations: str) -> nn.Module:
 
 
 def _encode(weight: Tensor, recipe: str) -> Encoded:
+    if recipe.startswith(TRELLIS):
+        return drawn_trellis(weight, int(recipe.removeprefix(TRELLIS)))
     encoder = parse_recipe(recipe).encoder
     return encoder.encode(weight.detach().float(), SiteStatistics.uninformed(*weight.shape))  # type: ignore[attr-defined, no-any-return]
+
+
+def drawn_trellis(weight: Tensor, bits: int, group: int = 128) -> Trellis:
+    """A trellis of random codes, whose values are as large as ``weight``'s."""
+    rows, columns = weight.shape
+    g = torch.Generator().manual_seed(rows)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=g)
+    scale = float(weight.detach().float().std()) * UNIT[bits]
+    return Trellis.from_codes(codes, bits, group, Scales.of(torch.full((rows, groups_of(group, columns)), scale), 16))
 
 
 # ---------------------------------------------------------------- an encoder
@@ -228,6 +243,8 @@ def decoder_speed(rounds: int, paused: Callable[[], None]) -> Timed:
         "layerwise, 4 bits, int8 activations": packed(llama(), "rtn:bits=4,group=128", "int8"),
         "layerwise, 4 bits, float activations": packed(llama(), "rtn:bits=4,group=128", "exact"),
     }
+    for bits in (4, 3, 2):
+        networks[f"layerwise, trellis of {bits} bits, int8 activations"] = packed(llama(), f"{TRELLIS}{bits}", "int8")
     runs: dict[str, Callable[[], object] | str] = {}
     for name, network in networks.items():
         runs[name] = _generating(network, prompt) if name.startswith("layerwise") else _decoding(network, prompt)

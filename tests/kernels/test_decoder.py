@@ -19,6 +19,7 @@ from layerwise.kernels.samples import Sample
 pytestmark = pytest.mark.skipif(not paths(), reason=f"no compiled kernels here: {why_absent()}")
 
 EIGHT, FOUR, WHOLE, LEVELS = Sample(8), Sample(4, 32), Sample(3, 4096), Sample(4, levels=True)
+TRELLIS = Sample(4, 32, trellis=True)
 WORDS = 45
 
 
@@ -127,6 +128,7 @@ SHAPES = [  # shape, inner, samples, biases, windows, turned
     (Shape(48, 6, 3, 16, 0.3), 96, [FOUR, WHOLE, EIGHT], True, (None, 4), 8),
     (Shape(96, 3, 1, 80, 0.1), 20, [EIGHT], True, (7, 1), 80),
     (Shape(64, 4, 2, 64, 0.125, centred=True), 64, [EIGHT, LEVELS], True, (None, None), 0),
+    (Shape(64, 2, 2, 32, 32**-0.5), 112, [TRELLIS, FOUR], True, (None, None), 32),
 ]
 
 

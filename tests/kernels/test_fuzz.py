@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.encoding.test_sparse import made
 from tests.kernels.test_products import codebook, integer, ternary
+from tests.kernels.test_trellis import trellis
 from torch import Tensor
 
 from layerwise.encoding.encoded import Encoded
@@ -30,6 +31,8 @@ FORMS = [
     integer(9, 30, 8, 8, float_zero=True),
     ternary(9, 30, 12, 2),
     codebook(9, 40, "nf4", 8),
+    trellis(37, 36, 3, 16),
+    trellis(9, 40, 2, 0, 8),
 ]
 SPARSE_FORMS = [
     made(torch.float16, "mask"),

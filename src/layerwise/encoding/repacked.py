@@ -1,15 +1,16 @@
 """Stored forms as the compiled kernels take them.
 
-Integers of 2 to 8 bits (symmetric, with whole and with float zeros), trellises, codebooks and ternary planes, with
-fp16 and 8-bit scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's lane holds.
-A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the left one,
-which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are both kept as
-float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in four, have
-kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the whole row.
+Integers of 2 to 8 bits (symmetric, with whole and with float zeros), trellises, codebooks and ternary planes, with fp16
+and 8-bit scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's
+lane holds. A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the
+left one, which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are
+both kept as float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in
+four, have kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the
+whole row.
 Every other form, and every form where the library is absent, multiplies through its reference (``Encoded.multiply``).
 
-On a GPU the forms of codes multiply by Triton's kernels (``kernels/gpu.py``), in groups of any size, and so do the
-parts of sums; all else by its reference there.
+On a GPU the forms of codes but the trellis multiply by Triton's kernels (``kernels/gpu.py``), in groups of any size,
+and so do the parts of sums; all else by its reference there.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def triton_matrix(form: Encoded) -> TritonMatrix | None:
     stored = described(form)
     if stored is None or stored.codes.device.type != gpu.DEVICE:
         return None
-    why = gpu.why_decoded(stored.codes.device)
+    why = gpu.why_decoded(stored.codes.device) or ("a trellis has none there" if stored.values is not None else "")
     if why:
         gpu.warn_decoded(why)
         return None

@@ -12,7 +12,7 @@ import torch
 from layerwise.kernels.gpu import DEVICE, Gpu, TritonMatrix, gpus, triton_version
 from layerwise.kernels.library import chosen_path, library, paths, why_absent
 from layerwise.kernels.matrix import PackedMatrix
-from layerwise.kernels.samples import SAMPLES, SPARSE_SAMPLES, reference
+from layerwise.kernels.samples import GPU_SAMPLES, SAMPLES, SPARSE_SAMPLES, reference
 
 TOLERANCE = {"exact": 1e-5, "int8": 1e-2}  # of the reference's norm
 FEATURES = (
@@ -89,7 +89,7 @@ def self_test() -> list[Test]:
     return found
 
 
-def gpu_self_test(device: str = DEVICE, forms: tuple[str, ...] = tuple(SAMPLES)) -> list[Test]:
+def gpu_self_test(device: str = DEVICE, forms: tuple[str, ...] = GPU_SAMPLES) -> list[Test]:
     """Every form of codes by Triton's kernels, from one token, which takes one kernel, and from many."""
     found = []
     x = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))

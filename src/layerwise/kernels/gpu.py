@@ -131,7 +131,7 @@ def check(stored: Canonical) -> None:
     sound = stored.codes.dtype == torch.uint8 and stored.codes.numel() == stored.rows * row
     sound = sound and stored.scale.dtype in (torch.uint8, torch.float16) and 1 <= stored.bits <= 8
     sound = sound and stored.scale.shape == (stored.rows, scales)
-    sound = sound and (stored.trits or stored.planes == 1)
+    sound = sound and (stored.trits or stored.planes == 1) and stored.values is None
     sound = sound and (stored.zero is None or stored.zero.shape == stored.scale.shape)
     sound = sound and (stored.factor is None or stored.factor.shape == (stored.rows,))
     sound = sound and (stored.levels is None or (stored.levels.numel() == 16 and stored.bits == 4))

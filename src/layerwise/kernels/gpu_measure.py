@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.kernels.gpu import DEVICE, TritonMatrix
 from layerwise.kernels.matrix import Canonical
-from layerwise.kernels.samples import SAMPLES, copies_of
+from layerwise.kernels.samples import GPU_SAMPLES, SAMPLES, copies_of
 
 SET_BYTES = 416_000_000  # caches of large GPUs hold a tenth of this
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -48,7 +48,7 @@ def measure_gpu(
     shapes: tuple[tuple[int, int], ...],
     batches: tuple[int, ...],
     rounds: int = 5,
-    forms: tuple[str, ...] = tuple(SAMPLES),
+    forms: tuple[str, ...] = GPU_SAMPLES,
     types: tuple[str, ...] = ("fp16",),
     set_bytes: int = SET_BYTES,
     device: str = DEVICE,

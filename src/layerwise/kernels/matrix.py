@@ -240,7 +240,7 @@ def _check(
     sound = sound and (values is None or (values.dtype == torch.int8 and values.numel() == 256))
     if not sound:
         raise ValueError(
-            "codes are uint8, scales and zeros uint8 or fp16, a factor has one value a row, levels are 16 and values 256"
+            "codes are uint8, scales and zeros uint8 or fp16, factors one a row, levels 16 float32, values 256 int8"
         )
 
 

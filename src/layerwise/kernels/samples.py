@@ -11,18 +11,20 @@ from layerwise.errors import InputError
 from layerwise.kernels.matrix import Canonical, PackedMatrix
 from layerwise.kernels.sparse import Kept, SparseMatrix
 
+STATES, STRIP = 256, 32  # of a trellis: the states of its codes, and rows that are a ring
 MOST_COPIES = 4096  # of one matrix, to be read from memory and not from a cache
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A kind of matrix: ``bits`` a code, whole zeros unless ``symmetric``, a table of ``levels``, or ``trits``."""
+    """``bits`` a code and whole zeros; or none (``symmetric``), a table of ``levels``, ``trits``, a ``trellis``."""
 
     bits: int
     group: int = 128
     symmetric: bool = False
     levels: bool = False
     trits: bool = False
+    trellis: bool = False
 
     @property
     def whole(self) -> bool:
@@ -40,11 +42,13 @@ class Sample:
         groups = -(-columns // group)
         width = -(-columns // 5) if self.trits else sum(-(-columns * w // 8) for w in (8, 4, 2, 1) if self.bits & w)
         scale = torch.rand(rows, groups, generator=g).add(0.5).mul(2.0**-self.bits).half()
-        whole = None if self.symmetric or self.levels or self.trits else _bytes(rows, groups, 2**self.bits, g)
+        none = self.symmetric or self.levels or self.trits or self.trellis
+        whole = None if none else _bytes(rows, groups, 2**self.bits, g)
         return Canonical(
             rows, columns, self.bits, group, _bytes(rows, width, 256, g), scale, zero=whole,
             levels=torch.linspace(-1, 1, 16) if self.levels else None,
-            centre=1 if self.trits else 2 ** (self.bits - 1), trits=self.trits,
+            centre=1 if self.trits else 128 if self.trellis else 2 ** (self.bits - 1), trits=self.trits,
+            values=_bytes(1, STATES, STATES, g)[0].view(torch.int8) if self.trellis else None,
         )  # fmt: skip
 
 
@@ -56,7 +60,11 @@ SAMPLES = {
     "int2": Sample(2),
     "levels4": Sample(4, levels=True),
     "ternary": Sample(2, trits=True),
+    "trellis4": Sample(4, trellis=True),
+    "trellis3": Sample(3, trellis=True),
+    "trellis2": Sample(2, trellis=True),
 }
+GPU_SAMPLES = tuple(name for name, sample in SAMPLES.items() if not sample.trellis)  # which Triton's kernels multiply
 
 
 @dataclass(frozen=True)
@@ -100,8 +108,16 @@ def reference(stored: Canonical) -> Tensor:
     scale = stored.scale.float()[:, group]
     if stored.levels is not None:
         return stored.levels[codes] * scale
+    if stored.values is not None:
+        return stored.values.float()[_states(codes, stored.bits)] * scale
     zero = float(stored.centre) if stored.zero is None else stored.zero.float()[:, group]
     return (codes - zero) * scale
+
+
+def _states(codes: Tensor, bits: int) -> Tensor:
+    strips = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % STRIP)).view(-1, STRIP, codes.shape[1])
+    states = torch.stack([strips.roll(back, 1) << back * bits for back in range(-(-8 // bits))]).sum(0) % STATES
+    return states.flatten(0, 1)[: len(codes)]
 
 
 def _unpacked(stored: Canonical) -> Tensor:

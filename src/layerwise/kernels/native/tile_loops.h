@@ -7,8 +7,10 @@
 // fma, dot, and Weights.
 #pragma once
 
+#include "block_sums.h"
 #include "panel_loops.h"
 #include "tile_parts.h"
+#include "trellis_loops.h"
 
 namespace {
 
@@ -56,122 +58,6 @@ void table_tile(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
 
 // ---------------------------------------------------------------- codes times whole numbers
 
-struct Scaled {
-  Simd::Floats scale, sum;
-};
-
-// What a block's sums stand for. What is rounded, and when, is the same on every path. A sum of codes times digits is
-// below 255 * 128 * 256 < 2^23, and so is a zero times a sum of digits: both are whole floats, and so is what is between
-// them, which makes floats as exact here as integers, and quicker.
-template <int kDigits>
-LAYERWISE_INLINE Scaled finish(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
-                               int64_t at, const Simd::Ints* sum) {
-  const Simd::Floats zero = m.zero_kind == kZeroByte
-                                ? Simd::to_float(Simd::bytes(base + m.places[b].zero + half * kHalf))
-                                : Simd::same(float(m.centre));
-  Simd::Floats part[kDigits];
-  for (int d = 0; d < kDigits; ++d) {
-    part[d] = Simd::less(Simd::to_float(sum[d]), zero, Simd::same(a.counts[at * kDigits + d]));
-  }
-  Simd::Floats s = part[0];
-  if constexpr (kDigits > 1) s = Simd::fused(part[1], Simd::same(256.0f), s);
-  if constexpr (kDigits > 2) s = Simd::fused(part[2], Simd::same(65536.0f), s);
-  if (m.zero_kind == kZeroHalf) {
-    const Simd::Floats rest = Simd::minus(half_zero(m, base, b, half), zero);
-    s = Simd::minus(s, Simd::times(rest, Simd::same(a.sums[at])));
-  }
-  return {Simd::times(block_scale(m, base, b, half), Simd::same(a.steps[at])), s};
-}
-
-// Sums of one block: kHalves halves from the first unit's at `codes`, kCount tokens. A lone sum would wait for the last
-// dot product, so there are several of it.
-template <int kBits, int kDigits, int kCount, int kHalves, int kDistance>
-struct BlockSums {
-  using U = Unit<kBits>;
-  static constexpr int kOwn = kHalves * kCount * kDigits;
-  static constexpr int kParts = kOwn >= 4 ? 1 : kOwn == 3 ? 2 : 4 / kOwn;
-  static constexpr int kUnits = kParts > U::chunks ? kParts / U::chunks : 1;  // at a time: enough chunks for all parts
-  Simd::Ints sum[kHalves][kCount][kDigits][kParts];
-
-  // Every index is a number that the compiler knows: an array that a loop counts through would lie in memory.
-  template <typename Body>
-  static LAYERWISE_INLINE void for_all(Body&& body) {
-    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
-      each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
-        each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, d, h); });
-      });
-    });
-  }
-
-  template <typename Body>
-  static LAYERWISE_INLINE void for_totals(Body&& body) {
-    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
-      each<0, kHalves>([&](auto h) __attribute__((always_inline)) { body(t, h); });
-    });
-  }
-
-  template <int kUnit>
-  LAYERWISE_INLINE void add_unit(const uint8_t* codes, const int8_t* x, int64_t stride) {
-    prefetch<2 * U::bytes, kDistance>(codes);
-    each<0, U::chunks>([&](auto chunk) __attribute__((always_inline)) {
-      constexpr int c = decltype(chunk)::value;
-      constexpr int part = (kUnit * U::chunks + c) % kParts;
-      Simd::Bytes q[kHalves];
-      q[0] = chunk_codes<kBits, c>(codes);
-      if constexpr (kHalves > 1) q[1] = chunk_codes<kBits, c>(codes + U::bytes);
-      for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
-        constexpr int digit = decltype(d)::value, half = decltype(h)::value, token = decltype(t)::value;
-        Simd::Ints& s = sum[half][token][digit][part];
-        s = Simd::template dot<kBits>(s, q[half], x + token * stride + (c * kDigits + digit) * 4);
-      });
-    });
-  }
-
-  LAYERWISE_INLINE void add(const uint8_t* codes, const int8_t* x, int64_t stride, int32_t columns) {
-    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
-      each<0, kParts>([&](auto p) __attribute__((always_inline)) {
-        sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][decltype(p)::value] = Simd::whole(0);
-      });
-    });
-    int32_t k = 0;
-    for (; k + kUnits * U::columns <= columns; k += kUnits * U::columns) {
-      each<0, kUnits>([&](auto unit) __attribute__((always_inline)) {
-        add_unit<decltype(unit)::value>(codes, x, stride);
-        codes += 2 * U::bytes, x += U::columns * kDigits;
-      });
-    }
-    if constexpr (kUnits > 1) {
-      for (; k < columns; k += U::columns) {
-        add_unit<0>(codes, x, stride);
-        codes += 2 * U::bytes, x += U::columns * kDigits;
-      }
-    }
-    for_all([&](auto t, auto d, auto h) __attribute__((always_inline)) {
-      Simd::Ints* parts = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value];
-      each<1, kParts>([&](auto p) __attribute__((always_inline)) {
-        parts[0] = Simd::plus(parts[0], parts[decltype(p)::value]);
-      });
-    });
-  }
-
-  // What the sums stand for, added to total(token, half).
-  template <typename Total>
-  LAYERWISE_INLINE void finish_all(const Matrix& m, const Activations& a, const uint8_t* base, int64_t b, int half,
-                                   int64_t token, Total&& total) {
-    const int64_t own = b % m.blocks;
-    each<0, kCount>([&](auto t) __attribute__((always_inline)) {
-      each<0, kHalves>([&](auto h) __attribute__((always_inline)) {
-        Simd::Ints whole[kDigits];
-        each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
-          whole[decltype(d)::value] = sum[decltype(h)::value][decltype(t)::value][decltype(d)::value][0];
-        });
-        const int64_t at = (token + decltype(t)::value) * a.blocks + own;
-        total(t, h, finish<kDigits>(m, a, base, b, half + decltype(h)::value, at, whole));
-      });
-    });
-  }
-};
-
 // A few tokens: the codes are decoded for each of them again, in registers.
 template <int kBits, int kDigits, int kCount>
 void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
@@ -201,34 +87,6 @@ void few_tokens(const Matrix& m, const Activations& a, int64_t tile, int64_t tok
                  out, token + decltype(t)::value);
     });
   }
-}
-
-// One or two tokens and a trellis: a block becomes codes of eight bits in the first cache, and is multiplied there.
-template <int kDigits, int kCount>
-void few_of_trellis(const Matrix& m, const Activations& a, int64_t tile, int64_t token, const Output& out) {
-  constexpr int kHalves = Simd::kHalves;
-  using Sums = BlockSums<8, kDigits, kCount, kHalves, 0>;
-  alignas(kLine) uint8_t wide[kLongestBlock * kRows];
-  Simd::Floats total[2][kCount];
-  for (int half = 0; half < 2; ++half)
-    for (int t = 0; t < kCount; ++t) total[half][t] = Simd::same(0.0f);
-  const uint8_t* base = m.data + tile * m.tile_bytes;
-  for (int64_t b = 0; b < m.blocks; ++b) {
-    if (b % 2 == 0) prefetch<kLine, kAhead<8>>(base + m.places[b].scale);
-    spread_trellis(m, base, b, wide);
-    const int8_t* x = a.codes + token * a.stride + m.block[b].place * kDigits;
-    each<0, 2 / kHalves>([&](auto part) __attribute__((always_inline)) {
-      constexpr int half = decltype(part)::value * kHalves;
-      Sums sums;
-      sums.add(wide + half * kLine, x, a.stride, m.block[b].padded);
-      sums.finish_all(m, a, base, b, half, token, [&](auto t, auto h, Scaled v) __attribute__((always_inline)) {
-        Simd::Floats& own = total[half + decltype(h)::value][decltype(t)::value];
-        own = Simd::fused(v.scale, v.sum, own);
-      });
-    });
-  }
-  for (int half = 0; half < 2; ++half)
-    for (int t = 0; t < kCount; ++t) store_rows(m, tile, half, total[half][t], out, token + t);
 }
 
 // ---------------------------------------------------------------- the matrix itself

@@ -71,19 +71,27 @@ struct States {
   }
 };
 
-// Where the codes of a block's chunks go, in units of eight bits.
-template <class Table>
+// Where the codes of a chunk go: into units of eight bits.
+struct Wide {
+  uint8_t* codes;
+
+  template <int kChunk>
+  LAYERWISE_INLINE void take(const Both& own) {
+    Simd::keep(codes + 2 * kChunk * kLine, own.half[0]), Simd::keep(codes + (2 * kChunk + 1) * kLine, own.half[1]);
+  }
+};
+
+// The codes of a unit's chunks, handed to `taker` one after the other.
+template <class Table, class Taker>
 struct Spread {
   const Table& table;
-  uint8_t* wide;
+  Taker& taker;
 
   // The last bit of the state is bit kTop of `top`.
   template <int kChunk, int kTop>
   LAYERWISE_INLINE void put(const Both& state, const Both& top) const {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      Simd::keep(wide + (2 * kChunk + h) * kLine, table.template at<kTop>(state.half[h], top.half[h]));
-    }
+    taker.template take<kChunk>({{table.template at<kTop>(state.half[0], top.half[0]),
+                                  table.template at<kTop>(state.half[1], top.half[1])}});
   }
 
   // A line of fields of kWidth bits, those of the chunks kFirst, kFirst + kStep, ...
@@ -120,58 +128,74 @@ struct Spread {
   }
 };
 
-template <int kBits, class Table>
-__attribute__((noinline)) void spread_units(const Table& table, const uint8_t* codes, int32_t columns, uint8_t* wide) {
+template <int kBits, class Table, class Taker>
+LAYERWISE_INLINE void spread_unit(const Table& table, const uint8_t* codes, Taker& taker) {
   using U = Unit<kBits>;
+  prefetch<2 * U::bytes, kAhead<8>>(codes);
+  const Spread<Table, Taker> spread = {table, taker};
+  const auto line = [codes](int at) __attribute__((always_inline)) {
+    return Both{{Simd::load(codes + at), Simd::load(codes + U::bytes + at)}};
+  };
+  if constexpr (kBits == 3) {
+    const Both h = line(U::at1), h_above = above<1>(h);
+    spread.template three_bits<0>(line(0), h, h_above), spread.template three_bits<1>(line(kLine), h, h_above);
+  } else if constexpr (kBits == 5) {
+    const Both h = line(U::at1);
+    spread.template five_bits<0>(line(0), h), spread.template five_bits<1>(line(kLine), h);
+    spread.template five_bits<2>(line(2 * kLine), h), spread.template five_bits<3>(line(3 * kLine), h);
+  } else {
+    spread.template double_up<kBits, 1, 0, 1>(line(0));
+  }
+}
+
+template <int kBits, class Table>
+__attribute__((noinline)) void spread_units(const Table& given, const uint8_t* codes, int32_t columns, uint8_t* wide) {
+  using U = Unit<kBits>;
+  const Table table = given;  // in registers: what is written might be what a reference refers to
   const uint8_t* end = codes + int64_t(columns / U::columns) * 2 * U::bytes;
   for (; codes != end; codes += 2 * U::bytes, wide += U::columns * kRows) {
-    prefetch<2 * U::bytes, kAhead<8>>(codes);
-    const Spread<Table> spread = {table, wide};
-    const auto line = [codes](int at) __attribute__((always_inline)) {
-      return Both{{Simd::load(codes + at), Simd::load(codes + U::bytes + at)}};
-    };
-    if constexpr (kBits == 3) {
-      const Both h = line(U::at1), h_above = above<1>(h);
-      spread.template three_bits<0>(line(0), h, h_above), spread.template three_bits<1>(line(kLine), h, h_above);
-    } else if constexpr (kBits == 5) {
-      const Both h = line(U::at1);
-      spread.template five_bits<0>(line(0), h), spread.template five_bits<1>(line(kLine), h);
-      spread.template five_bits<2>(line(2 * kLine), h), spread.template five_bits<3>(line(3 * kLine), h);
-    } else {
-      spread.template double_up<kBits, 1, 0, 1>(line(0));
-    }
+    Wide taker = {wide};
+    spread_unit<kBits>(table, codes, taker);
   }
 }
 
 template <class Table>
-__attribute__((noinline)) void look_up_all(const Table& table, uint8_t* wide, int32_t columns) {
+__attribute__((noinline)) void look_up_all(const Table& given, uint8_t* wide, int32_t columns) {
+  const Table table = given;
   for (uint8_t* end = wide + int64_t(columns) * kRows; wide != end; wide += kLine) {
     Simd::keep(wide, table.of(Simd::load(wide)));
   }
 }
 
-template <class Table>
-void spread_bits(int32_t bits, const Table& table, const uint8_t* codes, int32_t columns, uint8_t* wide) {
-  switch (bits) {
-    case 1: return spread_units<1>(table, codes, columns, wide);
-    case 2: return spread_units<2>(table, codes, columns, wide);
-    case 3: return spread_units<3>(table, codes, columns, wide);
-    case 4: return spread_units<4>(table, codes, columns, wide);
-    default: return spread_units<5>(table, codes, columns, wide);
+// Calls what(Number<bits>) for the bits of a trellis.
+template <typename What>
+LAYERWISE_INLINE void with_trellis_bits(const Matrix& m, What&& what) {
+  switch (m.bits) {
+    case 1: return what(Number<1>());
+    case 2: return what(Number<2>());
+    case 3: return what(Number<3>());
+    case 4: return what(Number<4>());
+    default: return what(Number<5>());
   }
 }
+
+template <class Table>
+constexpr bool kAtOnce = std::remove_reference_t<Table>::kAtOnce;
 
 // Block b of a tile of a trellis as codes of eight bits, values and 128, in their units: columns * kRows bytes.
 inline void spread_trellis(const Matrix& m, const uint8_t* base, int64_t b, uint8_t* wide) {
   const uint8_t* codes = base + m.places[b].codes;
   const int32_t columns = m.block[b].padded;
   Simd::look_up(m.values, [&](const auto& table) {
-    if constexpr (std::remove_reference_t<decltype(table)>::kAtOnce) {
-      spread_bits(m.bits, table, codes, columns, wide);
-    } else {
-      spread_bits(m.bits, States(), codes, columns, wide);
-      look_up_all(table, wide, columns);
-    }
+    with_trellis_bits(m, [&](auto bits) {
+      constexpr int kBits = decltype(bits)::value;
+      if constexpr (kAtOnce<decltype(table)>) {
+        spread_units<kBits>(table, codes, columns, wide);
+      } else {
+        spread_units<kBits>(States(), codes, columns, wide);
+      }
+    });
+    if constexpr (!kAtOnce<decltype(table)>) look_up_all(table, wide, columns);
   });
 }
 
