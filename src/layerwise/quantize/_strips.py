@@ -101,7 +101,8 @@ def first_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> T
     """Scales of the least error that a path is expected to leave: float32 [m, groups].
 
     The table is spread for normal numbers and ends at 127: where a group has longer tails, a scale that gives it the
-    deviation of the table would cut them off. So some wider ones are tried against what a path leaves of a number ``x = |w| / s`` on average, ``s^2 (plain + beyond max(0, x - 55)^2 + max(0, x - 125)^2)``.
+    deviation of the table would cut them off. So some wider ones are tried against what a path leaves of a number
+    ``x = |w| / s`` on average, ``s^2 (plain + beyond max(0, x - 55)^2 + max(0, x - 125)^2)``.
     """
     costs = by_group(importance.double().clamp(min=0), group)
     costs = (costs + 1e-9 * costs.mean() + 1e-300).float()
