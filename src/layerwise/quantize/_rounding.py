@@ -45,6 +45,7 @@ from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 
 BLOCK = 64
+GATHERED = 128  # rows of a side that are put into order at a time
 log = logging.getLogger(__name__)
 
 
@@ -108,19 +109,29 @@ def factor(
         order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
     if reverse:
         order = order.flip(0)
-    matrix = side[order[:, None], order].double().div_(mean)
-    share, added = damp, 0.0
+    share = damp
     for _ in range(20):
-        matrix.diagonal().add_(share - added)
-        added = share
-        upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+        matrix = _ordered(side, order, mean)
+        matrix.diagonal().add_(share)
+        # In place, unless the matrix is wanted too: lower in column order is the same memory as upper in row order.
+        upper = matrix.clone() if sweeps else matrix
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(upper.T, out=(upper.T, failed))
         if not int(failed) and all_finite(upper):
             root = upper.diagonal().clone()
-            matrix = matrix if sweeps else matrix.new_empty(0)
-            return Side(order, matrix, upper.div_(root[:, None]).contiguous(), root**2)
+            return Side(order, matrix if sweeps else matrix.new_empty(0), upper.div_(root[:, None]), root**2)
         share = max(share * 10, 1e-8)
         log.info("a curvature of %d columns is not positive: damping raised to %g", len(side), share)
     return None
+
+
+def _ordered(side: Tensor, order: Tensor, mean: float) -> Tensor:
+    """``side`` over its mean diagonal with rows and columns in this order: float64, a few rows at a time."""
+    matrix = torch.empty(side.shape, dtype=torch.float64)
+    for start in range(0, len(order), GATHERED):
+        rows = side.index_select(0, order[start : start + GATHERED])
+        matrix[start : start + GATHERED] = rows.index_select(1, order)
+    return matrix.div_(mean)
 
 
 def round_with_feedback(
