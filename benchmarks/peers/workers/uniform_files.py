@@ -17,9 +17,11 @@ from layerwise.compress import allocate, measure_candidates, start
 from layerwise.engine.memory import large_apart
 from layerwise.engine.progress import Stopwatch
 from layerwise.network.artifact import staged
+from layerwise.network.light_imports import own_process
 
 
 def main() -> None:
+    own_process()  # as the command says
     options = Options(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     watch = Stopwatch()
     with large_apart():

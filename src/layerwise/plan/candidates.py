@@ -59,10 +59,10 @@ def encode_candidate(
     encoded = encoder.encode(weight, fit)
     seconds = time.thread_time() - began
     # Rows that decode on their own are compared a few at a time: of a table, the whole would be as large as it is.
-    decoded = encoded.decode() if not isinstance(encoded, PackedRows) else None
+    stored = encoded if isinstance(encoded, PackedRows) else encoded.decode()
 
     def values(start: int, stop: int) -> Tensor:
-        rows = encoded.decode_rows(start, stop) if decoded is None else decoded[start:stop]
+        rows = stored.decode_rows(start, stop) if isinstance(stored, PackedRows) else stored[start:stop]
         if not all_finite(rows):
             raise InputError(
                 f"{recipe} produced a weight that is not finite at {site}; "
@@ -74,7 +74,7 @@ def encode_candidate(
     if not compared:
         for start in range(0, rows, ROWS_AT_ONCE):
             values(start, min(start + ROWS_AT_ONCE, rows))
-        if _helps(weight, encoded if decoded is None else decoded, judge):
+        if _helps(weight, stored, judge):
             return Encoding(recipe, encoded, 0.0, seconds)
     judged = damage_of_rows(lambda start, stop: values(start, stop) - weight[start:stop], rows, judge)
     return Encoding(recipe, encoded, judged, seconds)
