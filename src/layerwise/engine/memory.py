@@ -15,7 +15,7 @@ from functools import cache
 LARGE = 2 << 20  # bytes; smaller tensors come and go too often to be asked of the system each time
 LARGEST = 32 << 20  # what the library may go up to by itself
 KEPT = 64 << 20  # bytes at the end of the heap that are kept while tensors are reused
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # of malloc.h
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8  # of malloc.h
 DEFAULT_KEPT = 128 << 10  # of glibc
 
 
@@ -47,6 +47,15 @@ def reused() -> Iterator[None]:
         _set_threshold(LARGE)
         _set(TRIM_THRESHOLD, DEFAULT_KEPT)
         give_back()
+
+
+def one_pool() -> None:
+    """Have all threads of this process share one pool, before there are any: for a process that is ours alone.
+
+    Threads that come and go with the blocks would leave free memory at the ends of pools of their own, where neither
+    another thread finds it nor ``give_back``.
+    """
+    _set(ARENA_MAX, 1)
 
 
 def _set_threshold(size: int) -> None:

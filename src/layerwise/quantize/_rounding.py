@@ -143,7 +143,7 @@ def round_with_feedback(
         done, change = _round(grid, columns, rows, block)
         for _ in range(sweeps):
             _revise(grid, columns, rows, block, done, change)
-        codes[chosen[:, None], columns.order] = done.T
+        codes[chosen] = _in_place(done, columns.order)
     return codes
 
 
@@ -171,8 +171,13 @@ def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, ro
         change = (steps[groups] * (done.float() - zeros[groups])).double() - part.double()
         for _ in range(sweeps):
             _revise(grid, columns, rows, BLOCK, done, change)
-        out[chosen[:, None], columns.order] = done.T
+        out[chosen] = _in_place(done, columns.order)
     return out
+
+
+def _in_place(done: Tensor, order: Tensor) -> Tensor:
+    """Codes [n, m] in the order of rounding -> [m, n], every column in its own place."""
+    return torch.empty_like(done).index_copy_(0, order, done).T.contiguous()
 
 
 def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None) -> Iterator[tuple[Tensor, Any]]:
@@ -183,7 +188,8 @@ def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None
     else:  # rows that do not feed each other can be rounded in pieces, which bounds the float64 memory
         pieces = [torch.arange(p.start, p.stop) for p in row_pieces(*weight.shape)]
     for chosen in pieces:
-        part = weight[chosen].detach().float().T[columns.order].contiguous()  # [n, m]
+        # Whole rows are put into order, after the transposition: single entries would be fetched one by one.
+        part = weight.detach().index_select(0, chosen).float().T.contiguous().index_select(0, columns.order)  # [n, m]
         steps, zeros = (t[chosen].T.contiguous() for t in (fitted.steps(), fitted.zeros()))  # [groups, m]
         yield chosen, (part.numpy(), steps.numpy(), zeros.numpy(), groups.numpy(), float(fitted.grid.top))
 
