@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,14 @@ from torch import Tensor, nn
 
 import layerwise
 from layerwise.calibrate import inputs as module_of_inputs
-from layerwise.calibrate.inputs import input_parts
+from layerwise.calibrate.inputs import input_parts, pieces
 from layerwise.calibrate.moments import PANEL, Moment
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import TABLES, TAIL, Calibration, Part, reached
 from layerwise.engine.journal import Journal, identity_of
 from layerwise.loss import loss_of_network
 from layerwise.network import streaming
-from layerwise.network.streaming import Streamer
+from layerwise.network.streaming import Batch, Streamer
 
 
 def begun(calibration: Calibration, folder: Path) -> Calibration:
@@ -161,3 +163,41 @@ def test_a_uniform_setting_runs_no_forward_pass_of_its_own(
     given = {"calibrate": str(sentences), "sequences": 64, "length": 32}
     layerwise.compress(tiny_llama, tmp_path / "out", uniform="gptq:bits=4,group=64", **given)
     assert runs == list(range(len(layerwise.open(tiny_llama).tree.blocks)))
+
+
+def test_batches_go_in_pieces_and_padded_ones_whole() -> None:
+    tokens = torch.zeros(8, 256, dtype=torch.int64)
+    assert list(pieces(Batch(tokens, None))) == [(0, 3), (3, 6), (6, 8)]
+    assert list(pieces(Batch(tokens, torch.ones_like(tokens)))) == [(0, 8)]
+    assert list(pieces(Batch(torch.zeros(2, 4096, dtype=torch.int64), None))) == [(0, 1), (1, 2)]
+
+
+def test_pieces_measure_what_the_batch_does(
+    after_a_forward_pass: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def halves(batch: Batch) -> list[tuple[int, int]]:
+        count = len(batch.tokens)
+        return [(0, count // 2), (count // 2, count)] if count > 1 else [(0, 1)]
+
+    whole = collected(begun(after_a_forward_pass, tmp_path / "whole"))
+    monkeypatch.setattr(module_of_inputs, "pieces", halves)
+    halved = collected(begun(after_a_forward_pass, tmp_path / "halved"))
+    for unit, part in whole.items():
+        for name, fitted in part.sites.items():
+            torch.testing.assert_close(halved[unit].sites[name].fit.inputs, fitted.fit.inputs, rtol=1e-4, atol=1e-5)
+            assert halved[unit].sites[name].fit.tokens == fitted.fit.tokens
+
+
+def test_sums_of_a_block_are_let_go_of_without_a_collection(after_a_forward_pass: Calibration, tmp_path: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        parts = input_parts(begun(after_a_forward_pass, tmp_path / "fresh"), ())
+        part = next(parts)
+        moment = weakref.ref(next(iter(part.sites.values())).fit.inputs)
+        assert moment() is not None
+        del part
+        next(parts)
+        assert moment() is None
+    finally:
+        gc.enable()

@@ -114,3 +114,13 @@ def test_a_factored_side_multiplies_back(moments: Any) -> None:
     torch.testing.assert_close(product * fit.diagonal().double().mean(), damped(fit, 0.02)[side.order][:, side.order])
     assert bool((fit.diagonal()[side.order].diff() >= 0).all())
     torch.testing.assert_close(side.importance()[side.order], side.pivots.float())
+
+
+def test_a_side_is_factored_in_place_of_its_own_memory_alone(moments: Any) -> None:
+    """Without sweeps nothing is kept but the factor, which is the same; the moment stays as it was."""
+    fit, _ = moments(300)
+    before = fit.clone()
+    with_matrix, alone = (factor(fit, 0.01, largest_first=True, sweeps=sweeps) for sweeps in (True, False))
+    assert with_matrix is not None and alone is not None
+    assert torch.equal(with_matrix.upper, alone.upper) and torch.equal(with_matrix.pivots, alone.pivots)
+    assert alone.upper.is_contiguous() and not alone.matrix.numel() and torch.equal(fit, before)

@@ -14,12 +14,15 @@ from pathlib import Path
 from layerwise.acts.apply import apply_plan
 from layerwise.acts.prepare import Options
 from layerwise.compress import allocate, measure_candidates, start
-from layerwise.engine.memory import large_apart
+from layerwise.engine.memory import large_apart, one_pool
 from layerwise.engine.progress import Stopwatch
 from layerwise.network.artifact import staged
+from layerwise.network.light_imports import own_process
 
 
 def main() -> None:
+    one_pool()  # as the command does
+    own_process()
     options = Options(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     watch = Stopwatch()
     with large_apart():

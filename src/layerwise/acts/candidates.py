@@ -78,6 +78,7 @@ def find_candidates(
     draft = parts is reverse  # what a plan chooses of these is encoded again
     titles: dict[object, str] = {input_parts: "baseline", reached_input_parts: "forward pass and encoding"}
     title = titles.get(parts, "reverse pass and encoding")
+    compared = parts not in titles  # without gradients nothing is predicted
     with progress.stage(title, len(calibration.units())) as advance:
         for _ in finished:
             advance()
@@ -92,7 +93,9 @@ def find_candidates(
                 }
                 if alternative is not None:
                     keep_alternative(folder, part.unit, alternative, again)
-                encode_alternative(network, part, alternative, recipes, folder, workers, entry, all_kept, draft)
+                encode_alternative(
+                    network, part, alternative, recipes, folder, workers, entry, all_kept, draft, compared
+                )
                 if again:
                     for name, fitted in (alternative or part).sites.items():
                         save_statistics(statistics_file(folder, name, label), merged(fitted.fit, fitted.judge))
@@ -211,8 +214,12 @@ def encode_alternative(
     entry: dict[str, Any],
     all_kept: bool,
     draft: bool,
+    compared: bool,
 ) -> None:
-    """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry."""
+    """Encode a unit's sites under one alternative, ``workers`` at a time, and add them to the journal's entry.
+
+    compared: whether damages are of use beyond the choice between several recipes of a site.
+    """
     sites = {s.name: s for s in sites_of(network, part)}
     weights = dict(alternative.weights) if alternative else {}
     measured = alternative.sites if alternative else part.sites
@@ -225,7 +232,7 @@ def encode_alternative(
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        return encode_candidate(name, weight_of(name), recipe, fit, judge, draft)
+        return encode_candidate(name, weight_of(name), recipe, fit, judge, draft, compared or len(recipes[name]) > 1)
 
     wanted = all_places if all_kept else non_dominated
     found: dict[str, list[Encoding]] = {name: [] for name in sites}
@@ -234,7 +241,8 @@ def encode_alternative(
         found[name].append(encoding)
         if len(found[name]) == len(recipes[name]):
             file = encodings_file(folder, name, label)
-            removed = damage(weight_of(name), statistics_at(measured, sites[name])[1])
+            judged = any(e.damage for e in found[name])
+            removed = damage(weight_of(name), statistics_at(measured, sites[name])[1]) if judged else 0.0
             weights.pop(name)
             sound = worthwhile(name, found.pop(name), removed)
             kept = keep(sites[name], sound, part, file, largest_file(network), wanted)

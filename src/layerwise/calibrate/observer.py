@@ -80,8 +80,10 @@ class Observer:
         self.routed.clear()
 
     def close(self) -> None:
+        """Take the hooks off and let go of what was noted: ``full`` may hold the observer in turn, and its sums."""
         for handle in self.handles:
             handle.remove()
+        self.full = self.latest = None
 
 
 def site_of(name: str) -> str:

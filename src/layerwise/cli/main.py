@@ -72,8 +72,12 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence and exit code 2, an interrupt is 130."""
+    from layerwise.engine.memory import one_pool
     from layerwise.errors import InputError
+    from layerwise.network.light_imports import own_process
 
+    one_pool()
+    own_process()
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(prog_name="layerwise", standalone_mode=False)  # typer turns an interrupt into this code

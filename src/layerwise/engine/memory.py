@@ -14,7 +14,9 @@ from functools import cache
 
 LARGE = 2 << 20  # bytes; smaller tensors come and go too often to be asked of the system each time
 LARGEST = 32 << 20  # what the library may go up to by itself
-MMAP_THRESHOLD = -3  # of malloc.h
+KEPT = 64 << 20  # bytes at the end of the heap that are kept while tensors are reused
+MMAP_THRESHOLD, TRIM_THRESHOLD, ARENA_MAX = -3, -1, -8  # of malloc.h
+DEFAULT_KEPT = 128 << 10  # of glibc
 
 
 @contextlib.contextmanager
@@ -30,9 +32,39 @@ def large_apart() -> Iterator[None]:
         _set_threshold(LARGEST)
 
 
+@contextlib.contextmanager
+def reused() -> Iterator[None]:
+    """Within ``large_apart``, while the same few sizes come and go: what is freed is kept for the next tensor.
+
+    A page that comes new from the system is cleared first, which takes as long as a norm or an activation function
+    does. At the end everything free is returned.
+    """
+    _set_threshold(LARGEST)
+    _set(TRIM_THRESHOLD, KEPT)
+    try:
+        yield
+    finally:
+        _set_threshold(LARGE)
+        _set(TRIM_THRESHOLD, DEFAULT_KEPT)
+        give_back()
+
+
+def one_pool() -> None:
+    """Have all threads of this process share one pool, before there are any: for a process that is ours alone.
+
+    Threads that come and go with the blocks would leave free memory at the ends of pools of their own, where neither
+    another thread finds it nor ``give_back``.
+    """
+    _set(ARENA_MAX, 1)
+
+
 def _set_threshold(size: int) -> None:
+    _set(MMAP_THRESHOLD, size)
+
+
+def _set(option: int, value: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, size)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def give_back() -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerwise.encoding.finite import all_finite
 from layerwise.errors import InputError
 from layerwise.network import safetensors_file
 from layerwise.network.companions import Companion, find_companions
@@ -93,7 +94,7 @@ class Checkpoint:
         for info in floats:
             for part in safetensors_file.chunks(info):
                 values = part.float() if part.dtype.itemsize == 1 else part
-                if not bool(torch.isfinite(values).all()):
+                if not all_finite(values):
                     kind = "NaN" if bool(torch.isnan(values).any()) else "infinite"
                     raise InputError(
                         f"tensor {info.name} in {info.file} holds {kind} values; layerwise starts from finite weights"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from layerwise.network.arranged_blocks import arrange_module
 from layerwise.network.artifact_config import stored_arrangement, stored_depths
 from layerwise.network.expert_names import stored_experts
 from layerwise.network.experts import open_experts
+from layerwise.network.light_imports import light_imports
 
 if TYPE_CHECKING:
     from layerwise.network.checkpoint import Checkpoint
@@ -31,9 +32,10 @@ def build_on_meta(architecture: str, config: Mapping[str, object]) -> nn.Module:
 
     Its blocks are arranged where the config says so.
     """
-    import transformers
+    with light_imports():
+        import transformers
 
-    cls = getattr(transformers, architecture, None)
+        cls = getattr(transformers, architecture, None)
     if cls is None or not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         known = [n for n in dir(transformers) if n.endswith(("ForCausalLM", "LMHeadModel", "Model", "Classification"))]
         raise InputError(
@@ -66,8 +68,18 @@ def first_sentence(reason: Exception) -> str:
 
 @contextlib.contextmanager
 def empty_parameters() -> Iterator[None]:
-    """While active, modules put their parameters on the meta device and their buffers where they belong."""
+    """While active, modules put their parameters on the meta device and their buffers where they belong.
+
+    Nothing is drawn for what holds no values; torch's own way of drawing nothing begins by loading its compiler.
+    """
     original = nn.Module.register_parameter
+    drawing = {n: f for n, f in vars(nn.init).items() if n.endswith("_") and not n.endswith("__") and callable(f)}
+
+    def drawn(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def maybe(tensor: Tensor, *given: Any, **named: Any) -> Tensor:
+            return tensor if tensor.is_meta else draw(tensor, *given, **named)
+
+        return maybe
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         original(module, name, parameter)
@@ -75,10 +87,12 @@ def empty_parameters() -> Iterator[None]:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    vars(nn.init).update({name: drawn(draw) for name, draw in drawing.items()})
     try:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+        vars(nn.init).update(drawing)
 
 
 def parameter_owners(module: nn.Module) -> dict[int, list[str]]:

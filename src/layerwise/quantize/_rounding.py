@@ -45,6 +45,7 @@ from layerwise.encoding.integer import GroupedInteger
 from layerwise.errors import InputError
 
 BLOCK = 64
+GATHERED = 128  # rows of a side that are put into order at a time
 log = logging.getLogger(__name__)
 
 
@@ -108,19 +109,29 @@ def factor(
         order = torch.argsort(squares, stable=True) if largest_first else torch.arange(len(side))
     if reverse:
         order = order.flip(0)
-    matrix = side[order[:, None], order].double().div_(mean)
-    share, added = damp, 0.0
+    share = damp
     for _ in range(20):
-        matrix.diagonal().add_(share - added)
-        added = share
-        upper, failed = torch.linalg.cholesky_ex(matrix, upper=True)
+        matrix = _ordered(side, order, mean)
+        matrix.diagonal().add_(share)
+        # In place, unless the matrix is wanted too: lower in column order is the same memory as upper in row order.
+        upper = matrix.clone() if sweeps else matrix
+        failed = torch.empty((), dtype=torch.int32)
+        torch.linalg.cholesky_ex(upper.T, out=(upper.T, failed))
         if not int(failed) and all_finite(upper):
             root = upper.diagonal().clone()
-            matrix = matrix if sweeps else matrix.new_empty(0)
-            return Side(order, matrix, upper.div_(root[:, None]).contiguous(), root**2)
+            return Side(order, matrix if sweeps else matrix.new_empty(0), upper.div_(root[:, None]), root**2)
         share = max(share * 10, 1e-8)
         log.info("a curvature of %d columns is not positive: damping raised to %g", len(side), share)
     return None
+
+
+def _ordered(side: Tensor, order: Tensor, mean: float) -> Tensor:
+    """``side`` over its mean diagonal with rows and columns in this order: float64, a few rows at a time."""
+    matrix = torch.empty(side.shape, dtype=torch.float64)
+    for start in range(0, len(order), GATHERED):
+        rows = side.index_select(0, order[start : start + GATHERED])
+        matrix[start : start + GATHERED] = rows.index_select(1, order)
+    return matrix.div_(mean)
 
 
 def round_with_feedback(
@@ -132,7 +143,7 @@ def round_with_feedback(
         done, change = _round(grid, columns, rows, block)
         for _ in range(sweeps):
             _revise(grid, columns, rows, block, done, change)
-        codes[chosen[:, None], columns.order] = done.T
+        codes[chosen] = _in_place(done, columns.order)
     return codes
 
 
@@ -160,8 +171,13 @@ def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, ro
         change = (steps[groups] * (done.float() - zeros[groups])).double() - part.double()
         for _ in range(sweeps):
             _revise(grid, columns, rows, BLOCK, done, change)
-        out[chosen[:, None], columns.order] = done.T
+        out[chosen] = _in_place(done, columns.order)
     return out
+
+
+def _in_place(done: Tensor, order: Tensor) -> Tensor:
+    """Codes [n, m] in the order of rounding -> [m, n], every column in its own place."""
+    return torch.empty_like(done).index_copy_(0, order, done).T.contiguous()
 
 
 def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None) -> Iterator[tuple[Tensor, Any]]:
@@ -172,7 +188,8 @@ def _pieces(weight: Tensor, fitted: FittedGrid, columns: Side, rows: Side | None
     else:  # rows that do not feed each other can be rounded in pieces, which bounds the float64 memory
         pieces = [torch.arange(p.start, p.stop) for p in row_pieces(*weight.shape)]
     for chosen in pieces:
-        part = weight[chosen].detach().float().T[columns.order].contiguous()  # [n, m]
+        # Whole rows are put into order, after the transposition: single entries would be fetched one by one.
+        part = weight.detach().index_select(0, chosen).float().T.contiguous().index_select(0, columns.order)  # [n, m]
         steps, zeros = (t[chosen].T.contiguous() for t in (fitted.steps(), fitted.zeros()))  # [groups, m]
         yield chosen, (part.numpy(), steps.numpy(), zeros.numpy(), groups.numpy(), float(fitted.grid.top))
 
