@@ -46,8 +46,16 @@ def test_tables_of_a_uniform_setting_are_rounded_on_a_grid_there_is(recipe: str,
     assert uniform_recipes(parse_recipe(recipe), "same")[1].startswith(table)
 
 
-def test_ternary_and_binary_join_the_default_menu_for_linears() -> None:
-    menu, alone = make_menu((), "float16"), make_menu(("two_sided",), "float16")
+def test_trellises_even_grids_above_them_and_few_values_are_the_default_menu() -> None:
+    menu = make_menu((), "float16")
+    assert encoders(menu.linear) == {"trellis", "two_sided", "ternary", "bivit", "dense"}
+    assert encoders(menu.table) == {"trellis", "two_sided", "dense"}
+    wide = [parse_recipe(r).encoder for r in (*menu.linear, *menu.table) if r.startswith("two_sided")]
+    assert {e.bits for e in wide} == {6, 8}  # type: ignore[attr-defined]
+
+
+def test_a_tuner_is_offered_even_grids_of_every_width() -> None:
+    menu, alone = make_menu((), "float16", even=True), make_menu(("two_sided",), "float16")
     assert encoders(menu.linear) == {"two_sided", "ternary", "bivit", "dense"}
     assert menu.table == alone.table and encoders(alone.linear) == {"two_sided", "dense"}
 

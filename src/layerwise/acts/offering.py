@@ -33,7 +33,7 @@ def menu_of(options: Options, network: Network) -> tuple[Menu, dict[str, str]]:
             check_held(linear, target)
         return Menu((linear,), (str(parse_recipe(table)),), target=target, plain=plain_recipe(network)), only
     dtype = str(network.plain_dtype).removeprefix("torch.")
-    menu = make_menu(options.techniques, dtype, target)
+    menu = make_menu(options.techniques, dtype, target, even=options.tune is not None)
     for entry in options.fix:
         site, recipe = site_and_recipe(entry, network, "--fix", target)
         only.setdefault(site, recipe)

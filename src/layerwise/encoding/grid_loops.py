@@ -1,7 +1,8 @@
-"""The inner loops of rounding to grids: of the compiled library where it was built, else of ``loops.py``.
+"""The inner loops of rounding to grids and trellises: of the compiled library where it was built, else of ``loops.py``
+and ``trellis_loops.py``.
 
-Both give the same bits. ``loops.py`` is compiled as the program runs, for which a compiler is loaded, a second and
-130 MB; where every loop of a run comes from the library it is not.
+Both give the same bits. The latter are compiled as the program runs, for which a compiler is loaded, a second and
+130 MB; where every loop of a run comes from the library they are not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layerwise.kernels import grids
+from layerwise.kernels import cuts, grids
 from layerwise.kernels.library import OFF, VARIABLE, paths
 
 Array = NDArray[Any]
@@ -56,3 +57,23 @@ def round_columns(*given: Any) -> None:
     from layerwise.encoding import loops
 
     loops.round_columns(*given)
+
+
+def cut_tile(*given: Any) -> None:
+    """See ``trellis_loops.cut_tile``."""
+    if (path := native_path()) is not None:
+        cuts.cut_tile(path, *given)
+        return
+    from layerwise.encoding import trellis_loops
+
+    trellis_loops.cut_tile(*given)
+
+
+def recut_tile(*given: Any) -> None:
+    """See ``trellis_loops.recut_tile``."""
+    if (path := native_path()) is not None:
+        cuts.recut_tile(path, *given)
+        return
+    from layerwise.encoding import trellis_loops
+
+    trellis_loops.recut_tile(*given)

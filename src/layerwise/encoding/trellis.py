@@ -5,8 +5,9 @@
 ``q0`` is the code of k bits at (r, c), ``q1, q2, ...`` those of the rows above it in the same column. Rows stand in
 strips of 32, and in a strip the last row is above the first: every strip is a ring that decodes by itself. So a code of
 k bits chooses among ``2^k`` of 256 values, and which ones they are was chosen by the codes before: for normally
-distributed weights that is worth a quarter to two fifths of a bit a weight over even steps of the same size, and costs
-nothing to store (``trellis_tables`` has the tables and what they are worth). Rows that the last strip lacks have code 0.
+distributed weights that is worth a quarter to nearly half a bit a weight over even steps of as many codes, and costs
+nothing to store (``trellis_tables`` has the tables and what they are worth). Rows that the last strip lacks have
+code 0.
 
 =================  =========================================  =================================================
 stored tensor      type and shape                             holds

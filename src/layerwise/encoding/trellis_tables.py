@@ -2,8 +2,8 @@
 
 Made once, and part of the stored form since: from normal quantiles in sixteen random orders, rings of 32 normally
 distributed numbers were cut to their best paths, and every state took the mean of what had been cut to it, until that
-settled (generalised Lloyd); the best table was rounded to whole numbers, the largest at 127. On other numbers, the error
-in decibels below a variance of one, beside the best even steps of as many codes and what no code can pass (6.02 k):
+settled (generalised Lloyd); the best table was rounded to whole numbers, the largest at 127. On other numbers, the
+error in decibels below a variance of one, beside the best even steps of as many codes and what no code can pass:
 
     bits    trellis   even steps   bound        worth, bits a weight
     1         5.04        4.40       6.02         0.11

@@ -129,7 +129,7 @@ _SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "layerwise_continue": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32)),
     **{
         f"layerwise_{name}": (ctypes.c_int32, (ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p))
-        for name in ("best", "nearest", "columns")
+        for name in ("best", "nearest", "columns", "cut", "recut")
     },
     "layerwise_dots": (ctypes.c_int64, (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int32)),
     "layerwise_read_memory": (

@@ -1,7 +1,8 @@
 """Which recipes are tried at which site.
 
-The default menu is what a byte is best spent on among the techniques asked for: every width from 2 to 8 bits, with
-groups that grow as the width does, since a finer grid needs fewer scales. A scale is stored in 8 bits beside one
+The default menu is what a byte is best spent on: trellises of 1 to 5 bits, even grids above them, and a few forms below
+two bits. For an engine, and for a tuner, which take even grids alone, it is even grids of every width from 2 to 8 bits,
+with groups that grow as the width does, since a finer grid needs fewer scales. A scale is stored in 8 bits beside one
 float16 factor a row: half the bytes of a float16 scale for an error that does not show.
 """
 
@@ -21,10 +22,12 @@ from layerwise.technique import find
 # (bits, group) of a linear, and of a table, which is larger and slower to encode
 LINEAR_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 64), (6, 128), (8, 128))
 TABLE_GRIDS = ((2, 128), (2, 32), (3, 128), (3, 32), (4, 128), (4, 32), (5, 128), (6, 128), (8, 128))
-DEFAULT_TECHNIQUES = ("two_sided",)
-# Below three bits a weight even grids run out: these join the default menu, for linears only. They are in it whatever
-# the budget, so that a work folder serves every budget. As drafts they add a twelfth to the time of a whole compression
-# of examples/docs-lm; more tokens make the share smaller.
+EVEN_GRIDS = ("two_sided",)
+DEFAULT_TECHNIQUES = ("trellis", *EVEN_GRIDS)
+BEYOND_TRELLIS = ((6, 128), (8, 128))  # what the default menu takes of even grids
+# Below three bits a weight even grids run out, and at two a trellis is not always best: these join the menu, for
+# linears only. They are in it whatever the budget, so that a work folder serves every budget. As drafts they add a
+# twelfth to the time of a whole compression of examples/docs-lm; more tokens make the share smaller.
 BELOW_TWO_BITS = (
     "ternary:group=0,feedback=true",
     "ternary:group=32,scale_bits=8,feedback=true",
@@ -95,19 +98,19 @@ class Menu:
         return (fits[0] if fits else self.plain,)
 
 
-def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = None) -> Menu:
+def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = None, *, even: bool = False) -> Menu:
     """The menu of some techniques: ``["gptq", "awq+rtn", "hqq:bits=3,group=64"]``.
 
     A technique without options stands for its whole range of widths and groups; one with options for itself alone. A
     surgeon adds the removal of blocks to whatever else is asked for.
     The 16-bit candidate is always there. With a target, ranges are those that its engine loads; raises ``InputError``
-    for a technique that makes nothing of the kind.
+    for a technique that makes nothing of the kind. ``even``: where no technique is named, even grids alone.
     """
     linear: list[str] = []
     table: list[str] = []
     surgeons = tuple(text for text in techniques if surgery(text))
     others = [text for text in techniques if text not in surgeons]
-    for text in others or DEFAULT_TECHNIQUES:
+    for text in others:
         chain, encoder = _parts(text)
         if ":" in text:
             recipe = str(parse_recipe(text))
@@ -116,13 +119,15 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
             linear.append(recipe)
             table.append(str(parse_recipe(recipe).encoder))
             continue
-        for grids, out in ((LINEAR_GRIDS, linear), (TABLE_GRIDS, table)):
-            prefix = "+".join(chain) + "+" if chain and out is linear else ""
-            named = DEFAULT_TECHNIQUES[0] if out is table and find(encoder).family == LINEARS_ONLY else encoder
-            settings = _settings(named, grids) if target is None else target_settings(named, target)
-            made = [parse_recipe(prefix + setting) for setting in settings]
-            out += [str(_quick(recipe) if out is table else recipe) for recipe in made]
+        prefix = "+".join([*chain, ""])
+        linear += [str(parse_recipe(prefix + setting)) for setting in _settings(encoder, LINEAR_GRIDS, target)]
+        if find(encoder).family == LINEARS_ONLY:
+            table += _quick_all(_default(TABLE_GRIDS, target, even))
+        else:
+            table += _quick_all(_settings(encoder, TABLE_GRIDS, target))
     if not others:
+        linear += _default(LINEAR_GRIDS, target, even)
+        table += _quick_all(_default(TABLE_GRIDS, target, even))
         small = BELOW_TWO_BITS if target is None else [f"ternary:group={g},feedback=true" for g in target.ternary]
         linear += [str(parse_recipe(recipe)) for recipe in small]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
@@ -215,11 +220,26 @@ def _parts(text: str) -> tuple[list[str], str]:
     return names[:-1], names[-1]
 
 
-def _settings(name: str, grids: Sequence[tuple[int, int]]) -> list[str]:
-    """An encoder's own menu, or the shared range of grids."""
+def _settings(name: str, grids: Sequence[tuple[int, int]], target: Target | None = None) -> list[str]:
+    """What a target's engine loads of an encoder, or its own menu, or the shared range of grids."""
+    if target is not None:
+        return target_settings(name, target)
     if menu := find(name).menu:
         return [f"{name}:{options}" for options in menu]
     return [_on_grid(name, bits, group) for bits, group in grids]
+
+
+def _default(grids: Sequence[tuple[int, int]], target: Target | None, even: bool) -> list[str]:
+    """What stands for no technique at all."""
+    if even or target is not None:
+        made = [setting for name in EVEN_GRIDS for setting in _settings(name, grids, target)]
+    else:
+        made = [s for name in DEFAULT_TECHNIQUES for s in _settings(name, BEYOND_TRELLIS)]
+    return [str(parse_recipe(setting)) for setting in made]
+
+
+def _quick_all(settings: Sequence[str]) -> list[str]:
+    return [str(_quick(parse_recipe(setting))) for setting in settings]
 
 
 def _quick(recipe: Recipe) -> Recipe:

@@ -366,3 +366,19 @@ LAYERWISE_API int32_t layerwise_columns(const void* given, int64_t size, const c
   grids_of(*found).columns(*static_cast<const Tile*>(given));
   return 0;
 }
+
+LAYERWISE_API int32_t layerwise_cut(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Cut))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  cuts_of(*found).cut(*static_cast<const Cut*>(given));
+  return 0;
+}
+
+LAYERWISE_API int32_t layerwise_recut(const void* given, int64_t size, const char* path) {
+  if (given == nullptr || size != int64_t(sizeof(Recut))) return 4;
+  const Path* found = path_named(path);
+  if (found == nullptr) return 1;
+  cuts_of(*found).recut(*static_cast<const Recut*>(given));
+  return 0;
+}

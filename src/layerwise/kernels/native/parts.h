@@ -172,6 +172,40 @@ struct Grids {
 };
 const Grids& grids_of(const Path& path);
 
+// What an encoder to a trellis does with a tile (encoding/trellis_loops.py); arrays as in Tile.
+struct Cut {
+  int64_t rows, width, first, first_row, height, bits, coupled;
+  const float *weight, *scales;  // [columns, rows], [groups, rows]
+  const int64_t* group_of;       // [columns]
+  const float* table;            // [256]
+  const double* lower;           // [width, width]
+  double* carried;               // [width, rows]
+  uint8_t* states;               // [columns, rows]
+  double* change;                // [columns, rows]
+  const double* pivots;          // [height]
+  const double* lower_rows;      // [height, height], and the next two, where rows are coupled
+  double *below, *absorbed;      // [width, height], [width, rows]
+};
+
+struct Recut {
+  int64_t rows, width, first, first_row, height, bits;
+  const float *weight, *scales;
+  const int64_t* group_of;
+  const float* table;
+  const double* curvature;  // [width, width]
+  double* pull;             // [width, rows]
+  uint8_t* states;
+  double* change;
+  const double* row_curvature;  // [height, height]
+  double* slope;                // [width, height]
+};
+
+struct Cuts {
+  void (*cut)(const Cut&);
+  void (*recut)(const Recut&);
+};
+const Cuts& cuts_of(const Path& path);
+
 const Path* path_named(const char* name);  // null: it does not run here
 
 using Body = void (*)(void* data, int part, int parts);
