@@ -39,7 +39,7 @@ struct Simd {
   }
   template <int kMask>
   static inline Bytes select(Bytes a, Bytes b) {
-    return _mm512_ternarylogic_epi32(_mm512_set1_epi8(char(kMask)), a, b, 0xca);
+    return _mm512_ternarylogic_epi32(b, a, _mm512_set1_epi8(char(kMask)), 0xd8);  // over b: the mask is needed again
   }
 
   template <int kBit>
@@ -56,11 +56,12 @@ struct Simd {
 
     template <int kTop>
     inline Bytes at(Bytes state, Bytes top) const {
+      constexpr int kBit = kTop < 8 ? kTop : 7;
+      const __mmask64 last = has<kBit>(kTop < 8 ? top : state);
       Bytes low = state, high = state;  // of seven bits each
       __asm__("vpermi2b %2, %1, %0" : "+v"(low) : "v"(values[0]), "v"(values[1]));
       __asm__("vpermi2b %2, %1, %0" : "+v"(high) : "v"(values[2]), "v"(values[3]));
-      constexpr int kBit = kTop < 8 ? kTop : 7;
-      return _mm512_mask_blend_epi8(has<kBit>(kTop < 8 ? top : state), low, high);
+      return _mm512_mask_blend_epi8(last, low, high);
     }
   };
 

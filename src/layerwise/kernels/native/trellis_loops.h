@@ -22,6 +22,7 @@ struct Dotted {
   }
 };
 
+// One token that meets its codes in registers.
 template <int kBits, int kDigits, class Table>
 __attribute__((noinline)) void one_of_trellis(const Table& given, const Matrix& m, const Activations& a, int64_t tile,
                                               int64_t token, const Output& out) {
@@ -30,7 +31,6 @@ __attribute__((noinline)) void one_of_trellis(const Table& given, const Matrix& 
   const uint8_t* base = m.data + tile * m.tile_bytes;
   Simd::Floats total[2] = {Simd::same(0.0f), Simd::same(0.0f)};
   for (int64_t b = 0; b < m.blocks; ++b) {
-    if (b % 2 == 0) prefetch<kLine, kAhead<8>>(base + m.places[b].scale);
     Dotted<kDigits> dotted = {a.codes + token * a.stride + m.block[b].place * kDigits, {}};
     each<0, kDigits>([&](auto d) __attribute__((always_inline)) {
       dotted.sum[0][decltype(d)::value] = dotted.sum[1][decltype(d)::value] = Simd::whole(0);
@@ -73,7 +73,6 @@ void few_of_trellis(const Matrix& m, const Activations& a, int64_t tile, int64_t
     for (int t = 0; t < kCount; ++t) total[half][t] = Simd::same(0.0f);
   const uint8_t* base = m.data + tile * m.tile_bytes;
   for (int64_t b = 0; b < m.blocks; ++b) {
-    if (b % 2 == 0) prefetch<kLine, kAhead<8>>(base + m.places[b].scale);
     spread_trellis(m, base, b, wide);
     const int8_t* x = a.codes + token * a.stride + m.block[b].place * kDigits;
     each<0, 2 / kHalves>([&](auto part) __attribute__((always_inline)) {
