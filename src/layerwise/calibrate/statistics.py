@@ -41,8 +41,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from layerwise.calibrate.shared import LARGEST_REMEMBERED, Shared
+
 LARGEST_FULL_SIDE = 16_384  # a wider side keeps only its diagonal
-LARGEST_REMEMBERED = 2_048  # a wider side's factors are computed anew for every candidate: they would fill the memory
 
 Derived = TypeVar("Derived")
 
@@ -147,12 +148,17 @@ class SiteStatistics:
 
     uses: tuple[Use, ...]
     _derived: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+    shared: Shared | None = field(default=None, compare=False, repr=False)
 
-    def remembered(self, key: object, width: int, make: Callable[[], Derived]) -> Derived:
+    def remembered(self, key: object, width: int, make: Callable[[], Derived], source: Tensor | None = None) -> Derived:
         """``make()``, computed once per ``key`` for all candidates of the site unless ``width`` is large.
 
-        Two threads may both compute it; they get equal values.
+        source: the only tensor that it is made of: where the site's group shares that, it is made once for the group.
+
+        Without a group two threads may both compute it; they get equal values.
         """
+        if source is not None and self.shared is not None and self.shared.source is source:
+            return self.shared.remembered(key, make)
         if width > LARGEST_REMEMBERED:
             return make()
         if key not in self._derived:
