@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import layerwise
-from layerwise.calibrate import shared as module
+from layerwise.calibrate import statistics as module
 from layerwise.calibrate.moments import Moment
-from layerwise.calibrate.shared import Shared, SharedInputs
-from layerwise.calibrate.statistics import SiteStatistics, Use
+from layerwise.calibrate.shared import SharedInputs
+from layerwise.calibrate.statistics import Shared, SiteStatistics, Use
 from layerwise.network.folds import scaled
 from layerwise.quantize import _rounding
 from layerwise.recipe import parse_technique
@@ -92,12 +92,10 @@ def test_a_block_is_factored_once_a_group_into_the_same_bytes(
     "options",
     [
         {"uniform": "awq+gptq:bits=4,group=32"},
-        {"uniform": "two_sided:bits=3,group=32"},
-        {"uniform": "rsq:bits=3,group=32"},
-        {"uniform": "aptq:bits=3,group=32"},
         {"techniques": ("trellis:bits=2", "awq+gptq:bits=3,group=32", "sparsegpt:bits=4"), "budget": "5bpw"},
+        {"techniques": ("two_sided:bits=3,group=32", "rsq:bits=3,group=32", "aptq:bits=4,group=32"), "budget": "5bpw"},
     ],
-    ids=lambda o: str(next(iter(o.values()))),
+    ids=["scaled", "trellis", "two_sided"],
 )
 def test_bytes_are_those_without_sharing(
     options: dict[str, Any], tiny_llama: Path, sentences: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,15 +127,15 @@ def test_a_rewritten_site_has_a_factor_of_its_own(recipe: str, factored: list[Te
 
 
 def test_options_that_change_the_factor_have_one_each(factored: list[Tensor]) -> None:
-    known = replace(site(moment()), shared=Shared(moment()))
-    known = replace(known, shared=Shared(known.inputs))
+    known = site(inputs := moment())
+    known = replace(known, shared=Shared(inputs))
     recipes = ["gptq:bits=4,group=16", "gptq:bits=2,group=48,symmetric=true", "gptq:bits=4,group=16,damp=0.1"]
     recipes += ["gptq:bits=4,group=16,act_order=false", "two_sided:bits=4,group=16,row_damp=1"]
     for recipe in recipes:
         encoder = parse_technique(recipe)
         codes = encoder.encode(weight(0), known).codes()
         assert torch.equal(codes, encoder.encode(weight(0), site(moment())).codes())
-    assert len([s for s in factored if s is known.inputs]) == 4  # two of GPTQ's have the same
+    assert len([s for s in factored if s is inputs]) == 4  # two of GPTQ's have the same
 
 
 def test_the_last_of_a_group_lets_go() -> None:

@@ -13,38 +13,12 @@ what is summed over several uses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from layerwise.calibrate.statistics import SiteStatistics
-
-LARGEST_REMEMBERED = 2_048  # of a wider side no two derived values are kept together: they would fill the memory
-
-Derived = TypeVar("Derived")
-
-
-class Shared:
-    """Values derived from ``source``, each made once. Whoever asks for one that is being made waits for it."""
-
-    def __init__(self, source: Tensor) -> None:
-        self.source = source
-        self._made: dict[object, object] = {}
-        self._lock = Lock()
-
-    def remembered(self, key: object, make: Callable[[], Derived]) -> Derived:
-        """``make()``, which depends on ``source`` and on what is in ``key`` and on nothing else."""
-        with self._lock:
-            if key not in self._made:
-                if len(self.source) > LARGEST_REMEMBERED:
-                    self._made.clear()
-                self._made[key] = make()
-            return self._made[key]  # type: ignore[return-value]
+from layerwise.calibrate.statistics import Shared, SiteStatistics
 
 
 class SharedInputs:

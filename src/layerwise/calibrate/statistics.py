@@ -36,14 +36,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.shared import LARGEST_REMEMBERED, Shared
-
 LARGEST_FULL_SIDE = 16_384  # a wider side keeps only its diagonal
+LARGEST_REMEMBERED = 2_048  # a wider side's factors are computed anew for every candidate: they would fill the memory
 
 Derived = TypeVar("Derived")
 
@@ -140,6 +140,27 @@ class Use:
     gradient: Tensor | None = None
     largest: Tensor | None = None
     attention: Tensor | None = None
+
+
+class Shared:
+    """Values derived from ``source``, each made once; of a wide source the latest alone is kept.
+
+    Whoever asks for one that is being made waits for it.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self._made: dict[object, object] = {}
+        self._lock = Lock()
+
+    def remembered(self, key: object, make: Callable[[], Derived]) -> Derived:
+        """``make()``, which depends on ``source`` and on what is in ``key`` and on nothing else."""
+        with self._lock:
+            if key not in self._made:
+                if len(self.source) > LARGEST_REMEMBERED:
+                    self._made.clear()
+                self._made[key] = make()
+            return self._made[key]  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

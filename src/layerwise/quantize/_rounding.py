@@ -37,8 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.shared import Shared
-from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.calibrate.statistics import Shared, SiteStatistics, diagonal
 from layerwise.encoding.finite import all_finite
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, round_to_grid, row_pieces
 from layerwise.encoding.grid_loops import round_columns
