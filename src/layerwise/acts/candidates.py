@@ -27,6 +27,7 @@ from layerwise.acts.rewriting import (
 from layerwise.calibrate.inputs import input_parts, reached_input_parts
 from layerwise.calibrate.kept import save_statistics
 from layerwise.calibrate.passes import Calibration, Fitted, Part, reverse
+from layerwise.calibrate.shared import SharedInputs
 from layerwise.calibrate.statistics import SiteStatistics, merged
 from layerwise.encoding.encoded import Encoded, Layout, layout_bytes
 from layerwise.engine.memory import give_back
@@ -224,6 +225,7 @@ def encode_alternative(
     weights = dict(alternative.weights) if alternative else {}
     measured = alternative.sites if alternative else part.sites
     tasks = [(name, recipe) for name in sites for recipe in recipes[name]]
+    shared = SharedInputs(measured[name].fit for name, _ in tasks if name in measured)
 
     def weight_of(name: str) -> Tensor:
         """A site's matrix, in memory from its first recipe to its last."""
@@ -232,7 +234,10 @@ def encode_alternative(
     def work(task: tuple[str, str]) -> Encoding:
         name, recipe = task
         fit, judge = statistics_at(measured, sites[name])
-        return encode_candidate(name, weight_of(name), recipe, fit, judge, draft, compared or len(recipes[name]) > 1)
+        with shared.of(fit) as fit:
+            return encode_candidate(
+                name, weight_of(name), recipe, fit, judge, draft, compared or len(recipes[name]) > 1
+            )
 
     wanted = all_places if all_kept else non_dominated
     found: dict[str, list[Encoding]] = {name: [] for name in sites}

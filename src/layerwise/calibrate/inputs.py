@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from layerwise.calibrate.activations import Boundary
 from layerwise.calibrate.experts import with_average
 from layerwise.calibrate.forward import learn_output_shape
-from layerwise.calibrate.moments import shrunk
 from layerwise.calibrate.observer import observing
 from layerwise.calibrate.passes import (
     TABLES,
@@ -199,7 +198,7 @@ def _alike(site: Site, moments: SplitMoments) -> Fitted:
         return Fitted(statistics, statistics)
     use = Use(
         rows=torch.ones(site.rows),
-        columns=(inputs := shrunk(watched.inputs.mean(), watched.inputs.count)),
+        columns=(inputs := watched.inputs.known()),
         inputs=inputs,
         absolute_mean=watched.inputs.absolute_mean(),
         scale=1.0,

@@ -29,6 +29,7 @@ class Moment:
         self.absolute = torch.zeros(width)
         self.count = 0
         self.closed = False
+        self.shrunk: Tensor | None = None
         self.largest = torch.zeros(width) if wanted.largest else None
         self.by_importance: tuple[Tensor, Tensor, Tensor] | None = None  # sums of u v v^T and u^2 v v^T; of u .. u^4
 
@@ -63,6 +64,12 @@ class Moment:
             self.sum = self.total().div_(max(1, self.count))
             self.closed = True
         return self.sum
+
+    def known(self) -> Tensor:
+        """The mean, shrunk where few vectors came: one tensor for all the sites that share the moment."""
+        if self.shrunk is None:
+            self.shrunk = shrunk(self.mean(), self.count)
+        return self.shrunk
 
     def absolute_mean(self) -> Tensor:
         return self.absolute / max(1, self.count)

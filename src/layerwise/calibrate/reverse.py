@@ -73,7 +73,7 @@ class SplitMoments:
         """
         watched = self.sites[name]
         tokens = watched.inputs.count
-        inputs = shrunk(watched.inputs.mean(), tokens)
+        inputs = watched.inputs.known()
         if watched.left is None or watched.right is None:
             rows, columns, scale = watched.gradients.mean(), inputs, constant * tokens / max(1, self.terms)
         else:

@@ -36,6 +36,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -141,18 +142,44 @@ class Use:
     attention: Tensor | None = None
 
 
+class Shared:
+    """Values derived from ``source``, each made once; of a wide source the latest alone is kept.
+
+    Whoever asks for one that is being made waits for it.
+    """
+
+    def __init__(self, source: Tensor) -> None:
+        self.source = source
+        self._made: dict[object, object] = {}
+        self._lock = Lock()
+
+    def remembered(self, key: object, make: Callable[[], Derived]) -> Derived:
+        """``make()``, which depends on ``source`` and on what is in ``key`` and on nothing else."""
+        with self._lock:
+            if key not in self._made:
+                if len(self.source) > LARGEST_REMEMBERED:
+                    self._made.clear()
+                self._made[key] = make()
+            return self._made[key]  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class SiteStatistics:
     """All uses of one site's matrix; most sites have one."""
 
     uses: tuple[Use, ...]
     _derived: dict[object, object] = field(default_factory=dict, compare=False, repr=False)
+    shared: Shared | None = field(default=None, compare=False, repr=False)
 
-    def remembered(self, key: object, width: int, make: Callable[[], Derived]) -> Derived:
+    def remembered(self, key: object, width: int, make: Callable[[], Derived], source: Tensor | None = None) -> Derived:
         """``make()``, computed once per ``key`` for all candidates of the site unless ``width`` is large.
 
-        Two threads may both compute it; they get equal values.
+        source: the only tensor that it is made of: where the site's group shares that, it is made once for the group.
+
+        Without a group two threads may both compute it; they get equal values.
         """
+        if source is not None and self.shared is not None and self.shared.source is source:
+            return self.shared.remembered(key, make)
         if width > LARGEST_REMEMBERED:
             return make()
         if key not in self._derived:

@@ -87,7 +87,7 @@ def curvatures(statistics: SiteStatistics, kind: str, damp: float, row_damp: flo
 
     def remembered(key: str, side: Tensor, share: float) -> Curvature:
         make: Callable[[], Curvature] = lambda: Curvature.of(side, share)  # noqa: E731
-        return statistics.remembered((key, share, "curvature"), side.shape[0], make)
+        return statistics.remembered((key, share, "curvature"), side.shape[0], make, source=side)
 
     if kind == "loss":
         return remembered("rows", statistics.rows, row_damp), remembered("columns", statistics.columns, damp)

@@ -78,7 +78,10 @@ class SparseGpt(Encoder):
         check_weight(weight)
         storage, block = self._storage(), TILE if self.pattern == "2:4" else self.block
         upper = statistics.remembered(
-            ("sparsegpt", self.damp), weight.shape[1], lambda: inverse_factor(statistics.inputs, self.damp, weight)
+            ("sparsegpt", self.damp),
+            weight.shape[1],
+            lambda: inverse_factor(statistics.inputs, self.damp, weight),
+            source=statistics.inputs,
         )
         pruned, mask, _ = prune(weight, upper, self.sparsity, self.pattern, block)
         if storage.grid is None:

@@ -55,8 +55,9 @@ class Feedback:
         if not wanted:
             return Feedback(None, None)
         m, n = weight.shape
+        side = statistics.columns
         columns = statistics.remembered(
-            ("columns", DAMP, True), n, lambda: factor(statistics.columns, DAMP, largest_first=True)
+            ("columns", DAMP, True), n, lambda: factor(side, DAMP, largest_first=True), source=side
         )
         if columns is None:
             return Feedback(None, None)

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.calibrate.statistics import Shared, SiteStatistics, diagonal
 from layerwise.encoding.finite import all_finite
 from layerwise.encoding.grid import FittedGrid, Grid, fit_grid, group_of, round_to_grid, row_pieces
 from layerwise.encoding.grid_loops import round_columns
@@ -148,15 +148,31 @@ def round_with_feedback(
 
 
 def one_sided(
-    weight: Tensor, moment: Tensor, grid: Grid, *, clip: bool, damp: float, act_order: bool
+    weight: Tensor,
+    moment: Tensor,
+    grid: Grid,
+    *,
+    clip: bool,
+    damp: float,
+    act_order: bool,
+    shared: Shared | None = None,
 ) -> GroupedInteger:
     """``weight`` [m, n] rounded against ``tr(D H D^T)``, H being ``moment`` [n, n]; to nearest if it is a diagonal [n].
 
     Grids are fitted to the weight as it is. The columns of the largest inputs are rounded first (``act_order``), or all
     from the first to the last.
+
+    shared: what the site has in common with others; their factor is its own if it is made of the very same moment.
     """
     fitted = fit_grid(weight, grid, clip=clip, importance=diagonal(moment))
-    columns = factor(moment, damp, largest_first=act_order, reverse=not act_order, sweeps=False)
+
+    def factored() -> Side | None:
+        return factor(moment, damp, largest_first=act_order, reverse=not act_order, sweeps=False)
+
+    if shared is not None and shared.source is moment:
+        columns = shared.remembered(("one-sided", damp, act_order), factored)
+    else:
+        columns = factored()
     if columns is None:
         return GroupedInteger.from_codes(round_to_grid(weight, fitted), fitted)
     return GroupedInteger.from_codes(round_with_feedback(weight, fitted, columns), fitted)

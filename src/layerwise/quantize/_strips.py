@@ -83,8 +83,9 @@ class Curvature:
     def of(weight: Tensor, statistics: SiteStatistics, damp: float = DAMP, row_damp: float = ROW_DAMP) -> Curvature:
         check_statistics(weight, statistics)
         m, n = weight.shape
+        side = statistics.columns
         columns = statistics.remembered(
-            ("columns", damp, True), n, lambda: factor(statistics.columns, damp, largest_first=True)
+            ("columns", damp, True), n, lambda: factor(side, damp, largest_first=True), source=side
         )
         rows = statistics.remembered(("rows", row_damp, False), m, lambda: factor(statistics.rows, row_damp))
         own = diagonal(statistics.rows).double().clamp(min=0)

@@ -60,7 +60,10 @@ class Aptq(Encoder):
         moment = statistics.attention
         if moment is None or not mean_diagonal(moment) > 0:
             moment = statistics.inputs
-        return one_sided(weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order)
+        return one_sided(
+            weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order,
+            shared=statistics.shared,
+        )  # fmt: skip
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.integer import integer_layout

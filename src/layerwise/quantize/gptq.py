@@ -49,7 +49,10 @@ class Gptq(Encoder):
 
         check_statistics(weight, statistics)
         moment = statistics.inputs
-        return one_sided(weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order)
+        return one_sided(
+            weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order,
+            shared=statistics.shared,
+        )  # fmt: skip
 
     def layout(self, rows: int, columns: int) -> Layout:
         from layerwise.encoding.integer import integer_layout

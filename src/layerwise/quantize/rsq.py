@@ -69,7 +69,10 @@ class Rsq(Encoder):
 
         check_statistics(weight, statistics)
         moment = self.moment(statistics)
-        return one_sided(weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order)
+        return one_sided(
+            weight, moment, self._grid(), clip=self.clip, damp=self.damp, act_order=self.act_order,
+            shared=statistics.shared,
+        )  # fmt: skip
 
     def moment(self, statistics: SiteStatistics) -> Tensor:
         """``H_w`` of the module's docstring, ``[n, n]`` or its diagonal."""

@@ -72,6 +72,7 @@ class TwoSided(Encoder):
             ("columns", self.damp, self.ordered),
             weight.shape[1],
             lambda: factor(statistics.columns, self.damp, largest_first=self.ordered),
+            source=statistics.columns,
         )
         importance = diagonal(statistics.columns) if columns is None else columns.importance()
         fitted = fit_grid(weight, self._grid(), clip=self.clip, importance=importance)
