@@ -111,9 +111,8 @@ def first_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> T
     ``x = |w| / s`` on average, ``s^2 (plain + beyond max(0, x - 55)^2 + max(0, x - 125)^2)``.
     """
     costs = by_group(importance.double().clamp(min=0), group)
-    costs = (costs + 1e-9 * costs.mean() + 1e-300).float()
-    costs = costs * by_group(torch.ones(weight.shape[1]), group)
-    costs /= costs.sum(-1, keepdim=True)
+    costs = (costs + 1e-9 * costs.mean() + 1e-300) * by_group(torch.ones(weight.shape[1]), group)
+    costs = (costs / costs.sum(-1, keepdim=True)).float()
     found = [_scales(weight[rows].detach().float().abs(), bits, group, costs) for rows in row_pieces(*weight.shape)]
     return torch.cat(found)
 
