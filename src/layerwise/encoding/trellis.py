@@ -92,16 +92,26 @@ class Trellis(PackedRows):
         return cls(packed, columns, bits, group, Scales.restore(tensors, "a trellis"))
 
     def _decode(self, rows: slice | Tensor) -> Tensor:
-        count, device = self.packed.shape[0], self.packed.device
-        chosen = torch.arange(count, device=device)[rows]
-        first = chosen // STRIP * STRIP
-        state = torch.zeros(len(chosen), self.columns, dtype=torch.int16, device=device)
+        states = self._range(rows) if isinstance(rows, slice) else self._some(rows)
+        values = table(self.bits).to(states.device).float()[states.int()]
+        return values.mul_(self.scales.select(rows).values()[:, places(self.group, self.columns).to(states.device)])
+
+    def _range(self, rows: slice) -> Tensor:
+        """States of a range of rows, from whole strips."""
+        start, stop, _ = rows.indices(self.packed.shape[0])
+        first = start // STRIP * STRIP
+        codes = unpack(self.packed[first : -(-stop // STRIP) * STRIP], self.columns, self.bits)
+        return states_of(codes, self.bits)[start - first : stop - first]
+
+    def _some(self, index: Tensor) -> Tensor:
+        """States of single rows, from the few above each."""
+        count, first = self.packed.shape[0], index // STRIP * STRIP
+        state = torch.zeros(len(index), self.columns, dtype=torch.int16, device=index.device)
         for back in range(-(-8 // self.bits)):
-            above = first + (chosen - first - back) % STRIP
+            above = first + (index - first - back) % STRIP
             codes = unpack(self.packed[above.clamp(max=count - 1)], self.columns, self.bits).to(torch.int16)
             state |= torch.where((above < count)[:, None], codes, 0) << back * self.bits
-        values = table(self.bits).to(device).float()[(state & STATES - 1).long()]
-        return values.mul_(self.scales.select(rows).values()[:, places(self.group, self.columns).to(device)])
+        return (state & STATES - 1).to(torch.uint8)
 
 
 def states_of(codes: Tensor, bits: int) -> Tensor:

@@ -17,9 +17,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from layerwise.encoding.trellis import STRIP
+from layerwise.encoding.trellis_tables import STATES
+
 Array = NDArray[Any]
-STRIP = 32
-STATES = 256
 AROUND = 16  # rows looked at on both sides of where the ring is closed
 NEVER = np.float32(1e30)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
 from layerwise.encoding.grid import row_pieces
 from layerwise.encoding.scales import width_of
-from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
+from layerwise.quantize._rounding import Side, blocks, check_statistics, factor
 
 DAMP = 0.01  # share of mean(diag C) added to C, as in TWO-SIDED
 ROW_DAMP = 0.5  # share of mean(diag R) added to R
@@ -188,11 +188,11 @@ def _place(grid: Any, columns: Side, rows: Side | None) -> tuple[Tensor, Tensor]
     n, m = grid[0].shape
     codes, change = torch.empty((n, m), dtype=torch.uint8), torch.empty((n, m), dtype=torch.float64)
     nothing = np.empty((0, 0))
-    for first, last in _blocks(n):
+    for first, last in blocks(n):
         carried = columns.upper[first:last, last:] @ change[last:]  # [width, m]
         own = columns.lower[first:last, first:last].contiguous().numpy()
         absorbed = torch.empty_like(carried)
-        for top, bottom in _blocks(m):
+        for top, bottom in blocks(m):
             tile = (own, first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
             if rows is None:
                 place_tile(*grid, *tile, False, nothing, nothing, nothing)
@@ -209,10 +209,10 @@ def _move(grid: Any, columns: Side, rows: Side | None, codes: Tensor, change: Te
 
     n, m = change.shape
     nothing = np.empty((0, 0))
-    for first, last in _blocks(n):
+    for first, last in blocks(n):
         pull = columns.matrix[first:last] @ change  # [width, m]
         own = columns.matrix[first:last, first:last].contiguous().numpy()
-        for top, bottom in _blocks(m):
+        for top, bottom in blocks(m):
             tile = (own, first, top, bottom - top, pull.numpy(), codes.numpy(), change.numpy())
             if rows is None:
                 move_tile(*grid, *tile, False, nothing, nothing)
@@ -220,8 +220,3 @@ def _move(grid: Any, columns: Side, rows: Side | None, codes: Tensor, change: Te
                 slope = (pull @ rows.matrix[top:bottom].T).contiguous()  # [width, height]
                 matrix = rows.matrix[top:bottom, top:bottom].contiguous().numpy()
                 move_tile(*grid, *tile, True, matrix, slope.numpy())
-
-
-def _blocks(size: int) -> list[tuple[int, int]]:
-    """Bounds of each block of a side, the last block first; blocks are cut from the start."""
-    return [(first, min(first + BLOCK, size)) for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK)]

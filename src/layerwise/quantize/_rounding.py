@@ -143,7 +143,7 @@ def round_with_feedback(
         done, change = _round(grid, columns, rows, block)
         for _ in range(sweeps):
             _revise(grid, columns, rows, block, done, change)
-        codes[chosen] = _in_place(done, columns.order)
+        codes[chosen] = in_place(done, columns.order)
     return codes
 
 
@@ -187,11 +187,11 @@ def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, ro
         change = (steps[groups] * (done.float() - zeros[groups])).double() - part.double()
         for _ in range(sweeps):
             _revise(grid, columns, rows, BLOCK, done, change)
-        out[chosen] = _in_place(done, columns.order)
+        out[chosen] = in_place(done, columns.order)
     return out
 
 
-def _in_place(done: Tensor, order: Tensor) -> Tensor:
+def in_place(done: Tensor, order: Tensor) -> Tensor:
     """Codes [n, m] in the order of rounding -> [m, n], every column in its own place."""
     return torch.empty_like(done).index_copy_(0, order, done).T.contiguous()
 
@@ -214,11 +214,11 @@ def _round(grid: Any, columns: Side, rows: Side | None, block: int) -> tuple[Ten
     """Codes and D = W' - W, both transposed [n, m], tile by tile."""
     shape = grid[0].shape
     codes, change = torch.empty(shape, dtype=torch.uint8), torch.empty(shape, dtype=torch.float64)
-    for first, last in _blocks(shape[0], block):
+    for first, last in blocks(shape[0], block):
         carried = columns.upper[first:last, last:] @ change[last:]  # [width, m]
         own = _tile(columns, first, last)
         absorbed = torch.empty_like(carried)
-        for top, bottom in _blocks(shape[1], block):
+        for top, bottom in blocks(shape[1], block):
             tile = (own, first, top, bottom - top, carried.numpy(), codes.numpy(), change.numpy())
             if rows is None:
                 round_columns(*grid, *tile)
@@ -234,10 +234,10 @@ def _revise(grid: Any, columns: Side, rows: Side | None, block: int, codes: Tens
     """One sweep over all entries; ``codes`` and ``change`` [n, m] are updated in place."""
     from layerwise.encoding.loops import revise_columns, revise_tile
 
-    for first, last in _blocks(change.shape[0], block):
+    for first, last in blocks(change.shape[0], block):
         pull = columns.matrix[first:last] @ change  # [width, m]
         own = columns.matrix[first:last, first:last].contiguous().numpy()
-        for top, bottom in _blocks(change.shape[1], block):
+        for top, bottom in blocks(change.shape[1], block):
             tile = (own, first, top, bottom - top, pull.numpy(), codes.numpy(), change.numpy())
             if rows is None:
                 revise_columns(*grid, *tile)
@@ -251,7 +251,7 @@ def _tile(side: Side, first: int, last: int) -> Any:
     return side.lower[first:last, first:last].contiguous().numpy()
 
 
-def _blocks(size: int, block: int) -> Iterator[tuple[int, int]]:
+def blocks(size: int, block: int = BLOCK) -> Iterator[tuple[int, int]]:
     """Bounds of each block, the last block first; blocks are cut from the start."""
     for first in range((size - 1) // block * block, -1, -block):
         yield first, min(first + block, size)

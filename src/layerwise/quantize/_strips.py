@@ -18,7 +18,6 @@ part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +32,7 @@ from layerwise.encoding.scales import by_group, places
 from layerwise.encoding.trellis import STRIP
 from layerwise.encoding.trellis_tables import UNIT, table
 from layerwise.quantize._levels import DAMP, ROW_DAMP, Feedback
-from layerwise.quantize._rounding import BLOCK, Side, check_statistics, factor
+from layerwise.quantize._rounding import Side, blocks, check_statistics, factor, in_place
 
 # Share of the mean weight added to that of a row that stands alone. A small vocabulary, all of which calibration meets,
 # does best with about 1 and nearly as well with 4, a large one, little of which it meets, with much damping.
@@ -88,11 +87,14 @@ class Curvature:
             ("columns", damp, True), n, lambda: factor(side, damp, largest_first=True), source=side
         )
         rows = statistics.remembered(("rows", row_damp, False), m, lambda: factor(statistics.rows, row_damp))
+        strips = None
+        if rows is not None:
+            strips = statistics.remembered(("strips", row_damp), m, lambda: Strips.of(rows))
         own = diagonal(statistics.rows).double().clamp(min=0)
         mean = float(own.mean())
         damped = (own / mean if mean > 0 else torch.ones_like(own)) + (ALONE_DAMP if rows is None else row_damp)
         weights = damped / damped.mean()
-        return Curvature(columns, rows, None if rows is None else Strips.of(rows), weights)
+        return Curvature(columns, rows, strips, weights)
 
     def importance(self, statistics: SiteStatistics) -> Tensor:
         """What an error of each column costs [n]."""
@@ -169,20 +171,20 @@ def _given(weight: Tensor, bits: int, group: int, scales: Tensor, curvature: Cur
 
 
 def _cut(given: tuple[Any, ...], curvature: Curvature) -> tuple[Tensor, Tensor]:
-    """States and D = W' - W after one pass, both transposed [n, m]."""
+    """States and D = W' - W after one pass, both transposed [n, m]; a block of rows is whole strips."""
     n, m = given[0].shape
     columns, strips = curvature.columns, curvature.strips
     states, change = torch.empty((n, m), dtype=torch.uint8), torch.empty((n, m), dtype=torch.float64)
     pivots = curvature.weights if strips is None else strips.pivots
     nothing = np.empty((0, 0))
-    for first, last in _blocks(n):
+    for first, last in blocks(n):
         if columns is None:
             carried, own = torch.zeros(last - first, m, dtype=torch.float64), np.zeros((last - first, last - first))
         else:
             carried = columns.upper[first:last, last:] @ change[last:]  # [width, m]
             own = columns.lower[first:last, first:last].contiguous().numpy()
         absorbed = torch.empty_like(carried)
-        for top, bottom in _blocks(m):
+        for top, bottom in blocks(m):
             tile = (own, first, top, bottom - top, carried.numpy(), states.numpy(), change.numpy())
             costs = pivots[top:bottom].contiguous().numpy()
             if strips is None:
@@ -200,10 +202,10 @@ def _swept(given: tuple[Any, ...], curvature: Curvature, states: Tensor, change:
     columns, rows = curvature.columns, curvature.rows
     for _ in range(sweeps if columns is not None else 0):
         assert columns is not None
-        for first, last in _blocks(n):
+        for first, last in blocks(n):
             pull = columns.matrix[first:last] @ change  # [width, m]
             own = columns.matrix[first:last, first:last].contiguous().numpy()
-            for top, bottom in _blocks(m):
+            for top, bottom in blocks(m):
                 if rows is None:
                     among = torch.diag(curvature.weights[top:bottom])
                     slope = pull[:, top:bottom] * curvature.weights[top:bottom]
@@ -212,12 +214,4 @@ def _swept(given: tuple[Any, ...], curvature: Curvature, states: Tensor, change:
                     slope = pull @ rows.matrix[top:bottom].T  # [width, height]
                 tile = (own, first, top, bottom - top, pull.numpy(), states.numpy(), change.numpy())
                 recut_tile(*given, *tile, among.numpy(), slope.contiguous().numpy())
-    found = torch.empty((m, n), dtype=torch.uint8)
-    found[:, _order(curvature, n)] = states.T
-    return found
-
-
-def _blocks(size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of each block, the last one first; blocks are cut from the start, whole strips each."""
-    for first in range((size - 1) // BLOCK * BLOCK, -1, -BLOCK):
-        yield first, min(first + BLOCK, size)
+    return in_place(states, _order(curvature, n))
