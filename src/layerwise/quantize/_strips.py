@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from layerwise.calibrate.statistics import SiteStatistics, diagonal
-from layerwise.encoding.grid import row_pieces
 from layerwise.encoding.grid_loops import cut_tile, recut_tile
 from layerwise.encoding.scales import by_group, places
 from layerwise.encoding.trellis import STRIP
@@ -41,6 +40,7 @@ ALONE_DAMP = 4.0
 # What a path leaves of a number of size x (see ``first_scales``): (plain, beyond), from normal numbers among which some
 # of other sizes had been put.
 LEFT = {1: (880, 0.7), 2: (177, 0.16), 3: (38, 0.065), 4: (9.5, 0.03), 5: (2, 0.015)}
+PIECE = 1 << 17  # weights whose scales are tried together: as many as stay in the cache
 SPREADS = tuple(step / 8 for step in range(13))  # powers of two by which the usual scale is widened
 
 
@@ -115,23 +115,37 @@ def first_scales(weight: Tensor, bits: int, group: int, importance: Tensor) -> T
     costs = by_group(importance.double().clamp(min=0), group)
     costs = (costs + 1e-9 * costs.mean() + 1e-300) * by_group(torch.ones(weight.shape[1]), group)
     costs = (costs / costs.sum(-1, keepdim=True)).float()
-    found = [_scales(weight[rows].detach().float().abs(), bits, group, costs) for rows in row_pieces(*weight.shape)]
-    return torch.cat(found)
+    pieces = weight.detach().split(max(1, PIECE // weight.shape[1]))
+    return torch.cat([_scales(piece.float().abs(), bits, group, costs) for piece in pieces])
 
 
 def _scales(sizes: Tensor, bits: int, group: int, costs: Tensor) -> Tensor:
-    """The same for some rows; costs float32 [groups, width], of sum one in each group."""
+    """The same for some rows; costs float32 [groups, width], of sum one in each group.
+
+    A scale leaves ``plain s^2`` at least: groups where the next one reaches what is left by the best are done.
+    """
     sizes = by_group(sizes, group)
-    usual = (sizes.square() * costs).sum(-1).sqrt() * UNIT[bits]
+    usual = (sizes.square() * costs).sum(-1).sqrt_().mul_(UNIT[bits])  # [m, groups]
+    best, least = usual.flatten().clone(), _left(sizes, usual, bits, costs).flatten()
+    for step in SPREADS[1:]:
+        wider = usual.flatten() * 2.0**step
+        open_ = torch.nonzero(LEFT[bits][0] * wider.square() < least).flatten()
+        if not len(open_):
+            break
+        scales = wider[open_]
+        error = _left(sizes.flatten(0, 1)[open_], scales, bits, costs[open_ % len(costs)])
+        better = error < least[open_]
+        best[open_[better]], least[open_[better]] = scales[better], error[better]
+    return best.reshape(usual.shape)
+
+
+def _left(sizes: Tensor, scales: Tensor, bits: int, costs: Tensor) -> Tensor:
+    """What a path leaves of groups of ``sizes`` [..., width] with ``scales`` [...]."""
     plain, beyond = LEFT[bits]
-    best, least = usual, torch.full_like(usual, torch.inf)
-    for step in SPREADS:
-        scale = usual * 2.0**step
-        x = sizes / scale.clamp(min=1e-30)[..., None]
-        left = (x - 55).clamp(min=0).square_().mul_(beyond) + (x - 125).clamp(min=0).square_()
-        error = (plain + (left * costs).sum(-1)) * scale.square()
-        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return best
+    x = sizes / scales.clamp(min=1e-30)[..., None]
+    end = (x - 125).clamp_(min=0).square_()
+    left = x.sub_(55).clamp_(min=0).square_().mul_(beyond).add_(end)
+    return left.mul_(costs).sum(-1).add_(plain).mul_(scales.square())
 
 
 def cut(weight: Tensor, bits: int, group: int, scales: Tensor, curvature: Curvature, sweeps: int) -> Tensor:

@@ -2,6 +2,8 @@
 // functions they repeat bit for bit: additions in the order written, no fused products.
 #include <string.h>
 
+#include <utility>
+
 #include "parts.h"
 
 namespace layerwise {
@@ -30,41 +32,97 @@ struct Few {
   typedef int32_t Ints __attribute__((vector_size(4 * kLanes), may_alias));
 };
 
-template <int kBits>
+// The least of the kFan states that lead to each of some places, and which it is; the first of those that are equal.
+template <int kFan, int kKept, typename Floats, typename Ints>
+LAYERWISE_STEP void least_of(const float* now, Floats& least, Ints& from) {
+  constexpr int kWays = kFan < 8 ? 1 : 4, kOf = kFan / kWays;  // chains that do not wait for each other
+  Floats best[kWays];
+  Ints back[kWays];
+#pragma GCC unroll 4
+  for (int w = 0; w < kWays; ++w) {
+    best[w] = *reinterpret_cast<const Floats*>(now + w * kOf * kKept);
+    back[w] = Ints{} + w * kOf;
+  }
+#pragma GCC unroll 8
+  for (int j = 1; j < kOf; ++j) {
+#pragma GCC unroll 4
+    for (int w = 0; w < kWays; ++w) {
+      const Floats at = *reinterpret_cast<const Floats*>(now + (w * kOf + j) * kKept);
+      const Ints better = at < best[w];
+      best[w] = better ? at : best[w];
+      back[w] = better ? Ints{} + (w * kOf + j) : back[w];
+    }
+  }
+#pragma GCC unroll 2
+  for (int gap = 1; gap < kWays; gap *= 2) {
+#pragma GCC unroll 2
+    for (int w = 0; w < kWays; w += 2 * gap) {
+      const Ints better = best[w + gap] < best[w];
+      best[w] = better ? best[w + gap] : best[w];
+      back[w] = better ? back[w + gap] : back[w];
+    }
+  }
+  least = best[0];
+  from = back[0];
+}
+
+// The costs of part kPart, kLanes states, of those that kLanes places lead to, 2^kBits each.
+template <int kBits, int kLanes, int kPart, int... kPlace>
+LAYERWISE_STEP void lead(const float* least, const float* table, float v, float c, float* now,
+                         std::integer_sequence<int, kPlace...>) {
+  using Floats = typename Few<kLanes>::Floats;
+  const Floats from = *reinterpret_cast<const Floats*>(least);
+#if defined(__clang__)
+  const Floats first = __builtin_shufflevector(from, from, ((kPart * kLanes + kPlace) >> kBits)...);
+#else
+  const Floats first = __builtin_shuffle(from, typename Few<kLanes>::Ints{((kPart * kLanes + kPlace) >> kBits)...});
+#endif
+  const Floats d = v - *reinterpret_cast<const Floats*>(table + kPart * kLanes);
+  *reinterpret_cast<Floats*>(now + kPart * kLanes) = first + d * d * c;
+}
+
+template <int kBits, int kLanes, int... kPart>
+LAYERWISE_STEP void lead_all(const float* least, const float* table, float v, float c, float* now,
+                             std::integer_sequence<int, kPart...>) {
+  (lead<kBits, kLanes, kPart>(least, table, v, c, now, std::make_integer_sequence<int, kLanes>{}), ...);
+}
+
+// kWide: floats in a register.
+template <int kBits, int kWide>
 LAYERWISE_STEP void walk(Room& room, int count, int turn, int steps, int closed) {
   constexpr int kFan = 1 << kBits, kKept = kStates >> kBits;
-  constexpr int kLanes = kKept < 16 ? kKept : 16, kOwn = kFan < 16 ? kFan : 16;
+  constexpr int kLanes = kKept < kWide ? kKept : kWide;
   using Floats = typename Few<kLanes>::Floats;
   using Ints = typename Few<kLanes>::Ints;
-  using Own = typename Few<kOwn>::Floats;
+  using Own = typename Few<kWide>::Floats;
   float *now = room.now, *least = room.least;
   for (int s = 0; s < kStates; ++s) now[s] = closed < 0 || s == closed ? 0.0f : kNever;
   for (int place = 0; place < steps; ++place) {
     const int row = (place + turn) % kStrip;
     const float v = room.wanted[row], c = room.cost[row];
     for (int h = 0; h < kKept; h += kLanes) {
-      Floats best = *reinterpret_cast<const Floats*>(now + h);
-      Ints back = {};
-      for (int j = 1; j < kFan; ++j) {
-        const Floats at = *reinterpret_cast<const Floats*>(now + j * kKept + h);
-        const Ints better = at < best;
-        best = better ? at : best;
-        back = better ? Ints{} + j : back;
-      }
+      Floats best;
+      Ints back;
+      least_of<kFan, kKept>(now + h, best, back);
       *reinterpret_cast<Floats*>(least + h) = best;
       *reinterpret_cast<Ints*>(room.came[place] + h) = back;
     }
-    if (row < count) {
+    if (row >= count) {
+      for (int s = 0; s < kStates; ++s) now[s] = kNever;
+      for (int h = 0; h < kKept; ++h) now[h * kFan] = least[h];
+    } else if constexpr (kFan < kWide) {
+      for (int h = 0; h < kKept; h += kWide) {
+        lead_all<kBits, kWide>(least + h, room.table + h * kFan, v, c, now + h * kFan,
+                               std::make_integer_sequence<int, kFan>{});
+      }
+    } else {
       for (int h = 0; h < kKept; ++h) {
         const Own first = Own{} + least[h];
-        for (int q = h * kFan; q < (h + 1) * kFan; q += kOwn) {
+        for (int q = h * kFan; q < (h + 1) * kFan; q += kWide) {
           const Own d = v - *reinterpret_cast<const Own*>(room.table + q);
           *reinterpret_cast<Own*>(now + q) = first + d * d * c;
         }
       }
-    } else {
-      for (int s = 0; s < kStates; ++s) now[s] = kNever;
-      for (int h = 0; h < kKept; ++h) now[h * kFan] = least[h];
     }
   }
   int state = closed;
@@ -80,13 +138,13 @@ LAYERWISE_STEP void walk(Room& room, int count, int turn, int steps, int closed)
   }
 }
 
-template <int kBits>
+template <int kBits, int kWide>
 LAYERWISE_STEP void cut_strip(Room& room, int count) {
-  walk<kBits>(room, count, kStrip - kAround, 2 * kAround, -1);
-  walk<kBits>(room, count, 0, kStrip, room.path[kAround - 1]);
+  walk<kBits, kWide>(room, count, kStrip - kAround, 2 * kAround, -1);
+  walk<kBits, kWide>(room, count, 0, kStrip, room.path[kAround - 1]);
 }
 
-template <int kBits>
+template <int kBits, int kWide>
 LAYERWISE_STEP void cut(const Cut& t) {
   Room room;
   memcpy(room.table, t.table, sizeof(room.table));
@@ -108,7 +166,7 @@ LAYERWISE_STEP void cut(const Cut& t) {
         room.wanted[r] = s > 0 ? float(value / s) : 0.0f;
         room.cost[r] = float(t.pivots[start + r] * s * s);
       }
-      cut_strip<kBits>(room, count);
+      cut_strip<kBits, kWide>(room, count);
       for (int r = 0; r < count; ++r) {
         const int64_t i = t.first_row + start + r;
         const double d = double(room.table[room.path[r]]) * double(own[i]) - double(weight[i]);
@@ -130,7 +188,7 @@ LAYERWISE_STEP void cut(const Cut& t) {
   }
 }
 
-template <int kBits>
+template <int kBits, int kWide>
 LAYERWISE_STEP void recut(const Recut& t) {
   Room room;
   memcpy(room.table, t.table, sizeof(room.table));
@@ -152,7 +210,7 @@ LAYERWISE_STEP void recut(const Recut& t) {
         room.wanted[r] = s > 0 ? float(at / s) : 0.0f;
         room.cost[r] = float(mine * s * s);
       }
-      cut_strip<kBits>(room, count);
+      cut_strip<kBits, kWide>(room, count);
       double gain = 0.0;
       for (int r = 0; r < count; ++r) {
         const int64_t a = start + r, i = t.first_row + a;
@@ -182,24 +240,24 @@ LAYERWISE_STEP void recut(const Recut& t) {
   }
 }
 
-#define BITS(what, t)                \
-  switch (t.bits) {                  \
-    case 1: return what<1>(t);       \
-    case 2: return what<2>(t);       \
-    case 3: return what<3>(t);       \
-    case 4: return what<4>(t);       \
-    default: return what<5>(t);      \
+#define BITS(what, wide, t)                \
+  switch (t.bits) {                        \
+    case 1: return what<1, wide>(t);       \
+    case 2: return what<2, wide>(t);       \
+    case 3: return what<3, wide>(t);       \
+    case 4: return what<4, wide>(t);       \
+    default: return what<5, wide>(t);      \
   }
 
-#define CUTS(name, target)                              \
-  target void cut_##name(const Cut& t) { BITS(cut, t) } \
-  target void recut_##name(const Recut& t) { BITS(recut, t) } \
+#define CUTS(name, wide, target)                              \
+  target void cut_##name(const Cut& t) { BITS(cut, wide, t) } \
+  target void recut_##name(const Recut& t) { BITS(recut, wide, t) } \
   constexpr Cuts cuts_##name = {cut_##name, recut_##name}
 
-CUTS(portable, );
+CUTS(portable, 4, );
 #if defined(LAYERWISE_X86)
-CUTS(avx2, __attribute__((target("avx2"))));
-CUTS(avx512, __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))));
+CUTS(avx2, 8, __attribute__((target("avx2"))));
+CUTS(avx512, 16, __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512"))));
 #endif
 
 }  // namespace
