@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,6 @@ def test_a_technique_gets_only_its_own_recipes(found: Comparison) -> None:
 
 
 def test_a_technique_plans_as_it_would_alone(found: Comparison, options: Options, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     alone = plan_only(replace(options, techniques=TECHNIQUES[:1], work=str(tmp_path / "alone")))
     assert found.methods[0].predicted == pytest.approx(alone.predicted.damage, rel=1e-6)
     assert found.methods[0].bytes == alone.predicted.bytes
@@ -66,11 +65,34 @@ def test_another_budget_reuses_the_work_folder(found: Comparison, options: Optio
     assert "all together" in done.out and "dense" in done.out and "KL" in done.out
 
 
+def test_seeds_are_averaged_and_say_how_far_they_lie_apart(found: Comparison, options: Options) -> None:
+    few = replace(options, techniques=TECHNIQUES[:2], work=None)
+    both = side_by_side(few, seeds=(0, 1))
+    alone = [side_by_side(replace(few, seed=seed)) for seed in (0, 1)]
+    assert both.seeds == (0, 1)
+    for place, method in enumerate(both.methods):
+        values = [run.methods[place].metrics["kl"] for run in alone]
+        assert method.metrics["kl"] == pytest.approx(sum(values) / 2)
+        assert method.spread["kl"] == pytest.approx(abs(values[0] - values[1]) / 2) and method.spread["kl"] > 0
+        assert method.bytes == max(run.methods[place].bytes for run in alone)
+    assert sum(method.best_at for method in both.methods) >= 2
+    assert all(method.spread["kl"] == 0 for method in found.methods)
+
+
+def test_without_names_the_usual_techniques_that_reach_the_budget(tiny_llama: Path, sentences: Path) -> None:
+    done = layerwise(
+        "compare", tiny_llama, "--budget", "4.6bpw", "--calibrate", sentences, *SMALL, "--seeds", "0,1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert all(name in done.out for name in ("trellis", "two_sided", "gptq", "hqq", "rtn", "±", "best at"))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"--techniques": "rtn"}, ("at least two techniques",)),
-        ({"--techniques": ""}, ("at least two techniques",)),
+        ({"--techniques": "", "--budget": "1.9bpw"}, ("can reach 1.9bpw", "--techniques")),
+        ({"--seeds": "0,0"}, ("--seeds", "different whole numbers")),
         ({"--techniques": "rtn,rtn"}, ("rtn", "twice")),
         ({"--techniques": "rtn,gptk"}, ("'gptk'", "did you mean")),
         ({"--techniques": "rtn,pareto"}, ("pareto", "not encoder")),

@@ -3,13 +3,16 @@
 One forward and one reverse pass serve all of them. Each technique then gets the planner over its own candidates, 16
 bits included, and a last plan chooses among the candidates of all. Where allocators are named they take the place of
 the techniques: each plans over the candidates of all. Every plan is encoded as ``compress`` would store it, and one
-pass over the held-out text measures them beside the dense network.
+pass over the held-out text measures them beside the dense network. With several seeds all of it is repeated on another
+draw of the calibration text, which says how far a difference can be trusted.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,17 +43,26 @@ from layerwise.roles import Allocator
 
 STAGE = "side by side"
 TOGETHER = "all together"
+USUAL = (
+    "trellis",
+    "two_sided",
+    "gptq",
+    "hqq",
+    "rtn",
+)  # where nothing is named: what compress takes, and what others do
 
 
 @dataclass(frozen=True)
 class Method:
-    """One plan. ``technique`` (or allocator) as it was asked for, or ``all together``.
+    """One plan a seed, means over seeds. ``technique`` (or allocator) as it was asked for, or ``all together``.
 
-    bytes:     of the weights file; never more than the budget.
+    bytes:     of the largest weights file; never more than the budget.
     predicted: damage of the plan, in the loss's unit.
     metrics:   measured on the held-out text.
     seconds:   of rewriting blocks and encoding all of the candidates, on one core; the passes are shared.
-    sites:     encoder -> how many sites it got.
+    sites:     encoder -> how many sites it got, of all seeds together.
+    spread:    half the range of each metric over the seeds.
+    best_at:   seeds at which no other plan has less loss.
     """
 
     technique: str
@@ -60,12 +72,18 @@ class Method:
     metrics: dict[str, float]
     seconds: float
     sites: dict[str, int]
+    spread: dict[str, float]
+    best_at: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Methods in the order asked for, the joint plan last. ``budget`` in bytes; ``seconds`` by stage, of all."""
+    """Methods in the order asked for, the joint plan last. ``budget`` in bytes; ``seconds`` by stage, of all.
 
+    left_out: of the usual techniques -> why it cannot take part.
+    """
+
+    seeds: tuple[int, ...]
     network: str
     budget: int
     asked: str
@@ -77,18 +95,55 @@ class Comparison:
     seconds: dict[str, float]
     versions: dict[str, str]
     command: str
+    left_out: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def side_by_side(options: Options, progress: Progress | None = None, command: str = "") -> Comparison:
+def side_by_side(
+    options: Options, progress: Progress | None = None, command: str = "", seeds: Sequence[int] = ()
+) -> Comparison:
     """Plan each of ``options.techniques`` at ``options.budget``, and all together, and measure every plan.
 
-    Raises ``InputError`` before long work for whatever the user got wrong, and when one technique alone cannot reach
+    seeds: of the calibration, each with a folder of its own in the work folder; without them ``options.seed`` alone.
+
+    Without techniques and allocators the usual techniques are compared, those that can reach the budget. Raises
+    ``InputError`` before long work for whatever the user got wrong, and when a technique that was named cannot reach
     the budget.
     """
+    left_out: dict[str, str] = {}
+    if not options.techniques and not options.allocators:
+        options, left_out = usual(options)
     check(options)
+    runs = []
+    for seed in seeds or (options.seed,):
+        work = options.work if options.work is None or len(seeds) < 2 else str(Path(options.work) / f"seed-{seed}")
+        runs.append(_compared(replace(options, seed=seed, work=work), progress, command))
+    return replace(_over_seeds(runs), left_out=left_out)
+
+
+def usual(options: Options) -> tuple[Options, dict[str, str]]:
+    """Options that name the usual techniques, and why those are missing that cannot reach the budget."""
+    left_out: dict[str, str] = {}
+    if options.budget is not None:
+        budget, network = parse_budget(options.budget), open_network(options.model, options.dtype)
+        for technique in USUAL:
+            try:
+                check_budget(budget, network, reachable(network, make_menu((technique,), "float16"), {}))
+            except InputError as reason:
+                left_out[technique] = str(reason)
+    within = tuple(t for t in USUAL if t not in left_out)
+    if len(within) < 2:
+        raise InputError(
+            f"of {', '.join(USUAL)} only {within[0] if within else 'none'} can reach {options.budget}; "
+            f"name at least two techniques that can with --techniques"
+        )
+    return replace(options, techniques=within), left_out
+
+
+def _compared(options: Options, progress: Progress | None, command: str) -> Comparison:
+    """One seed."""
     watch = Stopwatch(progress)
     with ExitStack() as stack:
         if options.work is None:
@@ -107,10 +162,45 @@ def side_by_side(options: Options, progress: Progress | None = None, command: st
         return _measured(prepared, calibration, found, watch, command)
 
 
+def _over_seeds(runs: Sequence[Comparison]) -> Comparison:
+    """Runs that differ in the seed alone, as one: means, and how far the seeds lie apart."""
+    loss = runs[0].loss
+    least = [min(method.metrics[loss] for method in run.methods) for run in runs]
+    methods = []
+    for same in zip(*(run.methods for run in runs), strict=True):
+        sites: Counter[str] = Counter()
+        for method in same:
+            sites.update(method.sites)
+        methods.append(
+            Method(
+                technique=same[0].technique,
+                bytes=max(method.bytes for method in same),
+                bpw=statistics.fmean(method.bpw for method in same),
+                predicted=statistics.fmean(method.predicted for method in same),
+                metrics={n: statistics.fmean(m.metrics[n] for m in same) for n in same[0].metrics},
+                seconds=round(statistics.fmean(method.seconds for method in same), 2),
+                sites=dict(sites.most_common()),
+                spread={n: _half_range([m.metrics[n] for m in same]) for n in same[0].metrics},
+                best_at=sum(m.metrics[loss] == best for m, best in zip(same, least, strict=True)),
+            )
+        )
+    return replace(
+        runs[0],
+        seeds=tuple(seed for run in runs for seed in run.seeds),
+        dense={n: statistics.fmean(run.dense[n] for run in runs) for n in runs[0].dense},
+        methods=tuple(methods),
+        seconds={stage: round(sum(run.seconds[stage] for run in runs), 2) for stage in runs[0].seconds},
+    )
+
+
+def _half_range(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / 2
+
+
 def check(options: Options) -> None:
     """What can be refused from headers and words alone."""
     if len(options.techniques) < 2 and not options.allocators:
-        raise InputError("compare needs at least two techniques; write --techniques rtn,gptq")
+        raise InputError("compare needs at least two techniques; write --techniques rtn,gptq, or leave it out")
     for option, named in (("techniques", options.techniques), ("allocators", options.allocators)):
         twice = [t for t, count in Counter(named).items() if count > 1]
         if twice:
@@ -171,10 +261,13 @@ def _measured(
                 metrics=metrics[technique],
                 seconds=round(seconds_spent(calibration, offered[technique], STAGE), 2),
                 sites=_counted(chosen[technique]),
+                spread={},
+                best_at=0,
             )
         )
     evaluation = prepared.evaluation
     return Comparison(
+        seeds=(options.seed,),
         network=network.name,
         budget=size,
         asked=str(prepared.budget),
@@ -186,6 +279,7 @@ def _measured(
         seconds={name: round(seconds, 2) for name, seconds in watch.seconds.items()},
         versions=versions(),
         command=command,
+        left_out={},
     )
 
 
