@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from layerwise.encoding.binary import Binary
+from layerwise.encoding.centred import Centred
 from layerwise.encoding.codebook import Codebook
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.dictionary import Dictionary
@@ -43,6 +44,7 @@ FORMS: dict[str, type[Encoded]] = {
         Mixed,
         Ternary,
         Trellis,
+        Centred,
         Binary,
         Split,
         Power,

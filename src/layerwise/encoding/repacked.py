@@ -4,8 +4,9 @@ Integers of 2 to 8 bits (symmetric, with whole and with float zeros), trellises,
 and 8-bit scales, have kernels; groups must be a multiple of four columns or the whole row, which is what a kernel's
 lane holds. A sum multiplies through the kernels of its parts, and a low-rank form through that of its right factor; the
 left one, which is summed over the other way, is kept dense: it has ``rank`` values for a row. Factors of 16 bits are
-both kept as float32, so that they are widened once and not at every product. Sparse forms, of a mask and of two in
-four, have kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the
+both kept as float32, so that they are widened once and not at every product. A centred form multiplies the inputs with
+its factors and hands them to its part's kernel; its offsets add one number a token. Sparse forms, of a mask and of two
+in four, have kernels of their own, with 16-bit values and with codes whose groups are a multiple of 16 columns or the
 whole row.
 Every other form, and every form where the library is absent, multiplies through its reference (``Encoded.multiply``).
 
@@ -21,6 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from layerwise.encoding.centred import Centred, moved
 from layerwise.encoding.codebook import LEVELS, Codebook
 from layerwise.encoding.dense import Dense
 from layerwise.encoding.encoded import Encoded
@@ -54,6 +56,24 @@ class Multiplier(Protocol):
     def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor: ...
 
 
+class RowTable(Protocol):
+    """What rows are looked up in: float32 ``[.., columns]`` at a 1-D int64 ``index``."""
+
+    def take(self, index: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class CentredTable:
+    """Rows of a centred form, from those of its part; factor and offset float32 [columns]."""
+
+    part: RowTable
+    factor: Tensor
+    offset: Tensor
+
+    def take(self, index: Tensor) -> Tensor:
+        return moved(self.part.take(index), self.factor, self.offset)
+
+
 @dataclass(frozen=True, eq=False)
 class SumProduct:
     """``x (W_1 + W_2)^T`` by the parts' own kernels; a part that has none is multiplied by its reference."""
@@ -66,6 +86,21 @@ class SumProduct:
         for other in others:
             first += other
         return first if bias is None else first.add_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class CentredProduct:
+    """``(x factor) P^T + x offset``: P by its kernel; factor and offset float32 [columns]."""
+
+    part: Multiplier
+    factor: Tensor
+    offset: Tensor
+    table = False
+
+    def multiply(self, x: Tensor, *, int8: bool = False, bias: Tensor | None = None) -> Tensor:
+        y = self.part.multiply(x * self.factor.to(x.dtype), int8=int8)
+        y += (x.float() @ self.offset)[..., None].to(y.dtype)
+        return y if bias is None else y.add_(bias)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +145,9 @@ def repack(form: Encoded) -> Multiplier | None:
     if isinstance(form, LowRank):
         right = _dense_factor(form.right) if isinstance(form.right, Dense) else repack(form.right)
         return None if right is None else LowRankProduct(right, form.left.decode())
+    if isinstance(form, Centred):
+        part = repack(form.part)
+        return None if part is None else CentredProduct(part, form.factor.float(), form.offset.float())
     if isinstance(form, Sparse):
         return sparse_matrix(form)
     return triton_matrix(form) or packed_matrix(form)
@@ -152,8 +190,11 @@ def triton_matrix(form: Encoded) -> TritonMatrix | None:
     return TritonMatrix(stored)
 
 
-def packed_table(form: Encoded) -> PackedTable | None:
+def packed_table(form: Encoded) -> RowTable | None:
     """``form`` as rows to look up; None as for ``packed_matrix``."""
+    if isinstance(form, Centred):
+        part = packed_table(form.part)
+        return None if part is None else CentredTable(part, form.factor.float(), form.offset.float())
     stored = canonical(form)
     return None if stored is None or chosen_path() is None else PackedTable(stored)
 

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from layerwise.encoding.encoded import Encoded
 from layerwise.encoding.forms import restore_form
 from layerwise.encoding.inputs import InputGrid, restore_inputs
-from layerwise.encoding.repacked import Multiplier, packed_table, repack
+from layerwise.encoding.repacked import Multiplier, RowTable, packed_table, repack
 from layerwise.errors import InputError
 from layerwise.kernels.gpu import DEVICE
-from layerwise.kernels.matrix import PackedTable
 from layerwise.network.operators import packed_product, packed_rows, register
 
 ACTIVATIONS = ("exact", "int8")
@@ -43,7 +42,7 @@ class Packed(nn.Module):
         self.register_buffer("_compute", torch.empty(0, dtype=dtype), persistent=False)
         self._restored: tuple[tuple[Tensor, ...], Encoded] | None = None
         self._repacked: tuple[Encoded, tuple[int, ...], Multiplier | None] | None = None
-        self._table: tuple[Encoded, tuple[int, ...], PackedTable | None] | None = None
+        self._table: tuple[Encoded, tuple[int, ...], RowTable | None] | None = None
         self.int8_activations = False  # see set_activations
         self._number = register(self)  # by which operators know it
 
@@ -97,7 +96,7 @@ class Packed(nn.Module):
             self._repacked = form, versions, repack(form)
         return self._repacked[2]
 
-    def _rows(self) -> PackedTable | None:
+    def _rows(self) -> RowTable | None:
         """The form as rows to look up: it points into the stored tensors, and is described again when they changed."""
         form, versions = self._present()
         if self._table is None or self._table[0] is not form or self._table[1] != versions:

@@ -122,12 +122,12 @@ def make_menu(techniques: Sequence[str], dtype: str, target: Target | None = Non
         prefix = "+".join([*chain, ""])
         linear += [str(parse_recipe(prefix + setting)) for setting in _settings(encoder, LINEAR_GRIDS, target)]
         if find(encoder).family == LINEARS_ONLY:
-            table += _quick_all(_default(TABLE_GRIDS, target, even))
+            table += _for_tables(_default(TABLE_GRIDS, target, even))
         else:
-            table += _quick_all(_settings(encoder, TABLE_GRIDS, target))
+            table += _for_tables(_settings(encoder, TABLE_GRIDS, target))
     if not others:
         linear += _default(LINEAR_GRIDS, target, even)
-        table += _quick_all(_default(TABLE_GRIDS, target, even))
+        table += _for_tables(_default(TABLE_GRIDS, target, even))
         small = BELOW_TWO_BITS if target is None else [f"ternary:group={g},feedback=true" for g in target.ternary]
         linear += [str(parse_recipe(recipe)) for recipe in small]
     plain = f"dense:dtype={dtype}" if dtype != "float16" else "dense"
@@ -238,15 +238,18 @@ def _default(grids: Sequence[tuple[int, int]], target: Target | None, even: bool
     return [str(parse_recipe(setting)) for setting in made]
 
 
-def _quick_all(settings: Sequence[str]) -> list[str]:
-    return [str(_quick(parse_recipe(setting))) for setting in settings]
+def _for_tables(settings: Sequence[str]) -> list[str]:
+    return [str(_for_table(parse_recipe(setting))) for setting in settings]
 
 
-def _quick(recipe: Recipe) -> Recipe:
-    """A table's recipe: it has many rows, each on its own, and fitting their steps again takes long for little."""
-    if not any(f.name == "refits" for f in dataclasses.fields(recipe.encoder)):  # type: ignore[arg-type]
-        return recipe
-    return Recipe(recipe.rewrites, dataclasses.replace(recipe.encoder, refits=0))  # type: ignore[type-var]
+def _for_table(recipe: Recipe) -> Recipe:
+    """A table's recipe: its many rows stand alone, so that fitting their steps again takes long for little.
+
+    What they have in common is taken out first where an encoder can.
+    """
+    fields = {f.name for f in dataclasses.fields(recipe.encoder)}  # type: ignore[arg-type]
+    changes = {name: value for name, value in (("refits", 0), ("centred", True)) if name in fields}
+    return Recipe(recipe.rewrites, dataclasses.replace(recipe.encoder, **changes))  # type: ignore[type-var, arg-type]
 
 
 def _on_grid(name: str, bits: int, group: int) -> str:

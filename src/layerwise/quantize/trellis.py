@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from layerwise.calibrate.statistics import SiteStatistics
     from layerwise.encoding.encoded import Encoded, Layout
+    from layerwise.encoding.trellis import Trellis
 
 
 @technique(
@@ -67,16 +68,27 @@ class TrellisCut(Encoder):
     refits: int = option(
         2, minimum=0, maximum=100, help="times that the scales are fitted to the codes, and these again"
     )
+    centred: bool = option(False, help="columns scaled and moved first, for tables, whose rows have much in common")
 
     def encode(self, weight: Tensor, statistics: SiteStatistics) -> Encoded:
+        from layerwise.encoding.centred import Centred
         from layerwise.encoding.grid import check_weight
+        from layerwise.quantize._centring import common_part, divided
+
+        check_weight(weight)
+        if not self.centred:
+            return self._cut(weight, statistics)
+        factor, offset = common_part(weight, statistics)
+        rest = (weight.float() - offset.float()) / factor.float()
+        return Centred(self._cut(rest, divided(statistics, factor)), factor, offset)
+
+    def _cut(self, weight: Tensor, statistics: SiteStatistics) -> Trellis:
         from layerwise.encoding.scales import Scales
         from layerwise.encoding.trellis import Trellis
         from layerwise.encoding.trellis_tables import table
         from layerwise.quantize._levels import bases_of, refit
         from layerwise.quantize._strips import Curvature, cut, first_scales, recut
 
-        check_weight(weight)
         curvature = Curvature.of(weight, statistics, self.damp, self.row_damp)
         wanted = first_scales(weight, self.bits, self.group, curvature.importance(statistics))
         scales = Scales.of(wanted, self.scale_bits)
@@ -93,6 +105,8 @@ class TrellisCut(Encoder):
         return dataclasses.replace(self, sweeps=0, refits=0)  # type: ignore[type-var]
 
     def layout(self, rows: int, columns: int) -> Layout:
+        from layerwise.encoding.centred import centred_layout
         from layerwise.encoding.trellis import trellis_layout
 
-        return trellis_layout(self.bits, self.group, self.scale_bits, rows, columns)
+        plain = trellis_layout(self.bits, self.group, self.scale_bits, rows, columns)
+        return centred_layout(plain, columns) if self.centred else plain
