@@ -72,7 +72,8 @@ def test_the_example_technique_keeps_its_promises(weight: torch.Tensor, monkeypa
     ]
     + ["ternary:group=64,scale_bits=8", "ptqtp", "bivit", "bivit:group=64,centred=false", "nupes:by_row=true"]
     + ["nupes:bits=3,group=64", "ptq161", "ptq161:share=0"]
-    + [f"trellis:bits={bits},group=64,scale_bits={8 if bits % 2 else 16}" for bits in range(1, 6)],
+    + [f"trellis:bits={bits},group=64,scale_bits={8 if bits % 2 else 16}" for bits in range(1, 6)]
+    + ["trellis:bits=3,group=64,centred=true", "trellis:bits=4,group=0,scale_bits=8,centred=true"],
 )
 def test_the_reader_of_the_format_page_reads_what_we_write(weight: torch.Tensor, recipe: str) -> None:
     encoder: Any = parse_technique(recipe)

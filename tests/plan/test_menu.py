@@ -50,6 +50,8 @@ def test_trellises_even_grids_above_them_and_few_values_are_the_default_menu() -
     menu = make_menu((), "float16")
     assert encoders(menu.linear) == {"trellis", "two_sided", "ternary", "bivit", "dense"}
     assert encoders(menu.table) == {"trellis", "two_sided", "dense"}
+    for recipes, centred in ((menu.linear, False), (menu.table, True)):
+        assert all((",centred=true" in r) is centred for r in recipes if r.startswith("trellis"))
     wide = [parse_recipe(r).encoder for r in (*menu.linear, *menu.table) if r.startswith("two_sided")]
     assert {e.bits for e in wide} == {6, 8}  # type: ignore[attr-defined]
 
