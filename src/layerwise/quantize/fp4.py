@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @technique(
     paper="PTQ hyperparameter study (nf4/fp4/int8)",
-    left_out="its grid of decoding settings, which benchmarks/decoding.py runs and no committed page shows",
+    left_out="speed and memory of its GPU library, and networks of billions of parameters",
     needs={INPUT_SQUARES},
     menu=("group=64,scale_bits=8", "group=32,scale_bits=8", "group=16,scale_bits=8"),
 )
