@@ -21,7 +21,7 @@ def compare(
         typer.Option(
             metavar="A,B+C",
             help="Techniques to hold against each other: rtn,gptq,awq+rtn. "
-            "[default: those of trellis, two_sided, gptq, hqq and rtn that reach the budget]",
+            "Without it those of trellis, two_sided, gptq, hqq and rtn that reach the budget.",
         ),
     ] = "",
     allocators: Annotated[
