@@ -12,9 +12,9 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,15 @@ from layerwise.errors import InputError
 from layerwise.evaluate.compare import compare
 from layerwise.network.network import open_network
 from layerwise.network.overlay import Overlay
-from layerwise.plan.budget import parse_budget
-from layerwise.plan.menu import make_menu
+from layerwise.plan.budget import Budget, parse_budget
+from layerwise.plan.menu import Menu, make_menu
 from layerwise.plan.pareto import Pareto
 from layerwise.recipe import parse_allocator, surgery
 from layerwise.roles import Allocator
 
 STAGE = "side by side"
 TOGETHER = "all together"
-USUAL = (
-    "trellis",
-    "two_sided",
-    "gptq",
-    "hqq",
-    "rtn",
-)  # where nothing is named: what compress takes, and what others do
+USUAL = ("trellis", "two_sided", "gptq", "hqq", "rtn")  # what compress takes, and what other tools do
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Method:
     metrics: dict[str, float]
     seconds: float
     sites: dict[str, int]
-    spread: dict[str, float]
-    best_at: int
+    spread: dict[str, float] = field(default_factory=dict)
+    best_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ class Comparison:
     seconds: dict[str, float]
     versions: dict[str, str]
     command: str
-    left_out: dict[str, str]
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -127,12 +121,11 @@ def usual(options: Options) -> tuple[Options, dict[str, str]]:
     """Options that name the usual techniques, and why those are missing that cannot reach the budget."""
     left_out: dict[str, str] = {}
     if options.budget is not None:
-        budget, network = parse_budget(options.budget), open_network(options.model, options.dtype)
-        for technique in USUAL:
-            try:
-                check_budget(budget, network, reachable(network, make_menu((technique,), "float16"), {}))
-            except InputError as reason:
-                left_out[technique] = str(reason)
+        left_out = beyond(
+            options,
+            parse_budget(options.budget),
+            {technique: make_menu((technique,), "float16") for technique in USUAL},
+        )
     within = tuple(t for t in USUAL if t not in left_out)
     if len(within) < 2:
         raise InputError(
@@ -212,12 +205,20 @@ def check(options: Options) -> None:
     menus = {technique: make_menu((technique,), "float16") for technique in alone}
     if options.allocators:
         menus = {", ".join(alone) or "the default technique": make_menu(tuple(alone), "float16")}
+    for technique, reason in beyond(options, budget, menus).items():
+        raise InputError(f"{technique}: {reason}")
+
+
+def beyond(options: Options, budget: Budget, menus: Mapping[str, Menu]) -> dict[str, str]:
+    """Of the named menus those that cannot reach the budget, and why, from the checkpoint's headers."""
     network = open_network(options.model, options.dtype)
-    for technique, menu in menus.items():
+    found: dict[str, str] = {}
+    for name, menu in menus.items():
         try:
             check_budget(budget, network, reachable(network, menu, {}))
         except InputError as reason:
-            raise InputError(f"{technique}: {reason}") from None
+            found[name] = str(reason)
+    return found
 
 
 def _measured(
@@ -261,8 +262,6 @@ def _measured(
                 metrics=metrics[technique],
                 seconds=round(seconds_spent(calibration, offered[technique], STAGE), 2),
                 sites=_counted(chosen[technique]),
-                spread={},
-                best_at=0,
             )
         )
     evaluation = prepared.evaluation
@@ -279,7 +278,6 @@ def _measured(
         seconds={name: round(seconds, 2) for name, seconds in watch.seconds.items()},
         versions=versions(),
         command=command,
-        left_out={},
     )
 
 

@@ -18,17 +18,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerwise.calibrate.statistics import SiteStatistics, diagonal
+from layerwise.calibrate.statistics import SiteStatistics
 from layerwise.encoding.grid import row_pieces
+from layerwise.quantize._rounding import damped_weights
 
 DAMP = 1.0
 
 
 def common_part(weight: Tensor, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
     """(factor, offset) of ``weight`` [m, n], fp16 [n] as they are stored; factors have mean one and are positive."""
-    own = diagonal(statistics.rows).double().clamp(min=0)
-    mean = float(own.mean())
-    shares = (own / mean if mean > 0 else torch.ones_like(own)) + DAMP
+    shares = damped_weights(statistics.rows, DAMP)
     shares /= shares.sum()
     nothing = torch.zeros(weight.shape[1], dtype=torch.float64)
     pieces = [(shares[rows], weight.detach()[rows]) for rows in row_pieces(*weight.shape)]

@@ -191,6 +191,13 @@ def revised(weight: Tensor, codes: Tensor, fitted: FittedGrid, columns: Side, ro
     return out
 
 
+def damped_weights(rows: Tensor, damp: float) -> Tensor:
+    """What each row counts where rows stand alone: its share of the mean weight, plus ``damp``: float64 [m]."""
+    own = diagonal(rows).double().clamp(min=0)
+    mean = float(own.mean())
+    return (own / mean if mean > 0 else torch.ones_like(own)) + damp
+
+
 def in_place(done: Tensor, order: Tensor) -> Tensor:
     """Codes [n, m] in the order of rounding -> [m, n], every column in its own place."""
     return torch.empty_like(done).index_copy_(0, order, done).T.contiguous()

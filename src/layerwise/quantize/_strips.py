@@ -31,7 +31,7 @@ from layerwise.encoding.scales import by_group, places
 from layerwise.encoding.trellis import STRIP
 from layerwise.encoding.trellis_tables import UNIT, table
 from layerwise.quantize._levels import DAMP, ROW_DAMP, Feedback
-from layerwise.quantize._rounding import Side, blocks, check_statistics, factor, in_place
+from layerwise.quantize._rounding import Side, blocks, check_statistics, damped_weights, factor, in_place
 
 # Share of the mean weight added to that of a row that stands alone. A small vocabulary, all of which calibration meets,
 # does best with about 1 and nearly as well with 4, a large one, little of which it meets, with much damping.
@@ -90,9 +90,7 @@ class Curvature:
         strips = None
         if rows is not None:
             strips = statistics.remembered(("strips", row_damp), m, lambda: Strips.of(rows))
-        own = diagonal(statistics.rows).double().clamp(min=0)
-        mean = float(own.mean())
-        damped = (own / mean if mean > 0 else torch.ones_like(own)) + (ALONE_DAMP if rows is None else row_damp)
+        damped = damped_weights(statistics.rows, ALONE_DAMP if rows is None else row_damp)
         weights = damped / damped.mean()
         return Curvature(columns, rows, strips, weights)
 
