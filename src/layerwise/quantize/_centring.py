@@ -7,8 +7,8 @@ way than the many rare ones, and neither may be moved to where it costs the othe
 large numbers come nearer and its small ones keep their resolution.
 
 No source: it is the centring of anisotropic embeddings (J. Mu, P. Viswanath, *All-but-the-Top*, arXiv 1702.01417) put
-to the use of a table of values. Measured as damage on statistics of another seed, at 4 bits: 0.43 of the plain
-trellis' on docs3m's table, 0.85 on docs-lm's, 0.81 on stories5m's, 0.88 on stories260k's, 0.96 on MiniLM's.
+to the use of a table of values. On docs3m at 4 bits a weight it is worth a fifth of the KL divergence; docs/measured.md
+has the commands.
 """
 
 from __future__ import annotations
