@@ -129,7 +129,7 @@ def usual(options: Options) -> tuple[Options, dict[str, str]]:
     within = tuple(t for t in USUAL if t not in left_out)
     if len(within) < 2:
         raise InputError(
-            f"of {', '.join(USUAL)} only {within[0] if within else 'none'} can reach {options.budget}; "
+            f"of {', '.join(USUAL)} {f'only {within[0]}' if within else 'none'} can reach {options.budget}; "
             f"name at least two techniques that can with --techniques"
         )
     return replace(options, techniques=within), left_out
